@@ -1,0 +1,198 @@
+"""Every mistake gets one message that says where it is and what to do; nothing is trained."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO, assistant, image, make_image, tiny_config, user, video, write_data
+
+import finetune
+from util.config import UserError
+from util.data_util import load_records
+
+GOOD = [user("Hi"), assistant("Hello.")]
+
+
+@pytest.fixture
+def run_main(monkeypatch, tmp_path):
+    """Call finetune.main() with flags, in this process."""
+
+    def run(*flags, code=None):
+        arguments = ["finetune.py", "--model_name_or_path", "tiny", "--max_steps", "1"]
+        arguments += ["--num_workers", "0", "--output_dir", str(tmp_path / "out"), *map(str, flags)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        monkeypatch.chdir(tmp_path)
+        finetune.main()
+
+    return run
+
+
+def fails(run_main, *flags):
+    with pytest.raises(UserError) as info:
+        run_main(*flags)
+    assert not any(word in str(info.value) for word in ("Traceback", "Error("))
+    return str(info.value)
+
+
+def fails_with_data(run_main, tmp_path, conversations, *flags):
+    return fails(run_main, "--train_data", write_data(tmp_path / "d.json", conversations), *flags)
+
+
+def has(message, *words):
+    assert all(word in message for word in words), message
+
+
+def test_data_file(run_main, tmp_path):
+    path = tmp_path / "d.json"
+    has(fails(run_main, "--train_data", path), str(path), "No such file")
+    path.write_text('[{"messages": [}\n]')
+    has(fails(run_main, "--train_data", path), str(path), "JSON", "line 1", "column 16")
+    path.write_text('[\n {"a": 1},\n oops\n]')
+    has(fails(run_main, "--train_data", path), "line 3", "column 2")
+    path.write_text('{"messages": []}')
+    has(fails(run_main, "--train_data", path), "non-empty JSON list")
+    path.write_bytes(b'["\xff\xfe"]')
+    has(fails(run_main, "--train_data", path), "UTF-8")
+
+
+def test_conversations(run_main, tmp_path):
+    def message(*messages):
+        return fails_with_data(run_main, tmp_path, [GOOD, list(messages)])
+
+    has(message(), "sample 1", "empty")
+    has(message({"role": "bot", "content": "x"}), "sample 1", "message 0", "unknown role 'bot'")
+    has(message(user("Hi")), "sample 1", "no assistant message", "--supervise all")
+    has(message(user({"type": "audio", "audio": "a.wav"})), "message 0", "unknown type 'audio'")
+    has(message({"role": "user", "content": [None]}), "message 0, item 0", "unknown type")
+    has(message({"role": "user", "content": 3}), "message 0", "string or a list")
+    has(message(user({"type": "image"})), "item 0", 'needs a string "image"')
+    has(message(user({"type": "text", "text": "a", "extra": 1})), "unknown key 'extra'")
+    has(message(user("a <|im_start|> b"), assistant("c")), "control token <|im_start|>")
+    has(message(user("a"), {"role": "system", "content": "b"}), "message 1", "must come first")
+    path = tmp_path / "d.json"
+    path.write_text("[3]")
+    has(fails(run_main, "--train_data", path), "sample 0", '"messages"')
+
+
+def test_media(run_main, tmp_path):
+    def message(item):
+        return fails_with_data(run_main, tmp_path, [GOOD, [user(item), assistant("x")]])
+
+    missing = message(image("no/such.jpg"))
+    has(missing, "sample 1", "message 0", "no such file", str(tmp_path / "no/such.jpg"))
+    (tmp_path / "text.jpg").write_text("not a picture")
+    has(message(image("text.jpg")), "sample 1", "message 0", "text.jpg", "image")
+    (tmp_path / "empty.jpg").touch()
+    has(message(image("empty.jpg")), "sample 1", "empty.jpg", "is empty")
+    (tmp_path / "folder.jpg").mkdir()
+    has(message(image("folder.jpg")), "folder.jpg", "is a folder")
+    (tmp_path / "text.mp4").write_text("not a video")
+    has(message(video("text.mp4")), "sample 1", "text.mp4", "video")
+
+
+def test_a_picture_that_breaks_while_decoding_is_named_by_the_worker(run_main, tmp_path):
+    path = make_image(tmp_path / "cut.png", 300, 300)
+    whole = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    message = fails_with_data(
+        run_main, tmp_path, [[user(image(path)), assistant("x")]] * 5, "--num_workers", 2
+    )
+    has(message, "sample", "message 0", "cut.png", "image")
+    assert message.count("\n") == 0
+
+
+def test_a_picture_that_changed_since_it_was_indexed_is_refused(run_main, tmp_path):
+    path = make_image(tmp_path / "a.png", 60, 60)
+    data = write_data(tmp_path / "d.json", [[user(image(path)), assistant("x")]])
+    run_main("--train_data", data)
+    make_image(tmp_path / "a.png", 160, 160)
+    message = fails(run_main, "--train_data", data, "--output_dir", tmp_path / "out2")
+    has(message, "sample 0", "have changed", "index-")
+
+
+def test_a_sample_that_is_too_long(run_main, tmp_path):
+    long = [user("word " * 200), assistant("x")]
+    message = fails_with_data(run_main, tmp_path, [GOOD, long], "--max_tokens", 100)
+    has(message, "sample 1 has", "--max_tokens 100", "--max_pixels", "--video_fps", "shorten")
+    assert "sample 0" not in message
+
+
+def test_all_problems_are_told_at_once(run_main, tmp_path):
+    bad = [user(image("missing.jpg")), assistant("x")]
+    message = fails_with_data(run_main, tmp_path, [GOOD, bad, GOOD, [user("Hi")]])
+    has(message, "sample 1", "sample 3")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ({"batch_size": 0}, "--batch_size 0"),
+        ({"learning_rate": -1.0}, "--learning_rate"),
+        ({"learning_rate": float("nan")}, "--learning_rate"),
+        ({"warmup_ratio": 2.0}, "--warmup_ratio"),
+        ({"num_workers": -1}, "--num_workers"),
+        ({"min_pixels": 10**9}, "--min_pixels"),
+    ],
+)
+def test_flags_that_make_no_sense(flags, words):
+    with pytest.raises(UserError, match=words):
+        tiny_config(**{"max_pixels": 50176} | flags)
+
+
+def test_unknown_flag_ends_the_program_with_its_name():
+    for flag in ("--batchsize", "--batch"):  # no abbreviations either
+        command = [sys.executable, "finetune.py", flag, "3"]
+        result = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+        assert result.returncode == 2 and flag in result.stderr
+
+
+def test_output_folder_that_is_not_empty(run_main, tmp_path):
+    (tmp_path / "out").mkdir()
+    run_main("--train_data", write_data(tmp_path / "d.json", [GOOD]))
+    before = sorted((tmp_path / "out").iterdir())
+    has(fails_with_data(run_main, tmp_path, [GOOD]), "--output_dir", "not an empty folder")
+    assert sorted((tmp_path / "out").iterdir()) == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run_main, tmp_path, monkeypatch):
+    load_model = finetune.load_model
+
+    def load_broken(*args):
+        model = load_model(*args)
+        model.lm_head.weight.data[0] = float("inf")
+        return model
+
+    monkeypatch.setattr(finetune, "load_model", load_broken)
+    message = fails_with_data(run_main, tmp_path, [GOOD])
+    has(message, "step 1", "nan", "Samples of this step: [0]", "--learning_rate")
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_scripts_print_one_line_and_no_traceback(tmp_path):
+    for script in ("finetune.py", "check_data.py"):
+        command = [sys.executable, script, "--train_data", "none.json", "--device", "cpu"]
+        result = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+        assert result.returncode == 1
+        assert result.stderr.splitlines()[-1].startswith("error: none.json: ")
+        assert "Traceback" not in result.stderr
+
+
+def test_media_are_found_from_the_current_folder_first(tmp_path, monkeypatch):
+    from conftest import encoder_for
+
+    from util.tiny_model import cached_tiny_model
+
+    (tmp_path / "data").mkdir()
+    make_image(tmp_path / "data" / "a.png", 60, 60)
+    encoder = encoder_for(cached_tiny_model(), tmp_path / "data" / "d.json")
+    monkeypatch.chdir(tmp_path)
+    assert encoder.find_file("a.png") == str(tmp_path / "data" / "a.png")
+    make_image(tmp_path / "a.png", 60, 60)
+    assert encoder.find_file("a.png") == "a.png"
+
+
+def test_bom_and_chinese_in_the_data_file(tmp_path):
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps([{"messages": [user("你好")]}], ensure_ascii=False), "utf-8-sig")
+    assert load_records(str(path))[0]["messages"][0]["content"] == "你好"

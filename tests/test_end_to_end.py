@@ -1,0 +1,163 @@
+"""The real scripts as a user runs them, on tiny."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPO
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
+
+
+def run_script(*command, cwd=REPO, code=0, **environment):
+    """Run a command and return what it printed, both streams."""
+    command = [str(part) for part in command]
+    if command[0].endswith(".py"):
+        command.insert(0, sys.executable)
+    result = subprocess.run(
+        command,
+        cwd=cwd,
+        env=ENVIRONMENT | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+    )
+    assert result.returncode == code, result.stdout
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory):
+    """The default run, started by the launcher: (output folder, what was printed)."""
+    output_dir = tmp_path_factory.mktemp("run") / "new" / "folder"
+    printed = run_script("./finetune.sh", "--output_dir", output_dir)
+    return output_dir, printed
+
+
+def test_the_default_run_learns(default_run):
+    output_dir, printed = default_run
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line) for line in lines]
+    assert metrics[-1]["loss"] < 0.1 * metrics[0]["loss"]
+    assert [m["global_step"] for m in metrics] == list(range(1, len(metrics) + 1))
+    assert set(metrics[0]) == {
+        *("global_step", "epoch", "loss", "learning_rate", "grad_norm", "num_samples"),
+        *("num_micro_batches", "num_tokens", "num_supervised_tokens", "seconds"),
+        *("tokens_per_second", "peak_memory_gib"),
+    }
+    # What it is about to do, said before it is done; and that this is a toy, loudly.
+    for said in ("TINY", "parameters", "fp32", "12 samples", "180 of 4 samples", str(output_dir)):
+        assert said in printed
+
+
+def test_every_promised_file_is_there(default_run):
+    output_dir, _ = default_run
+    names = {path.name for path in output_dir.iterdir()}
+    assert names == {
+        *("config.json", "generation_config.json", "model.safetensors", "chat_template.jinja"),
+        *("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
+        *("config_used.json", "train.log", "metrics.jsonl", "loss.png"),
+    }
+    assert Image.open(output_dir / "loss.png").size == (960, 540)
+    log = (output_dir / "train.log").read_text()
+    assert "parameters" in log and "step     180/180" in log
+    assert json.loads((output_dir / "config_used.json").read_text())["batch_size"] == 4
+
+
+def test_the_folder_loads_and_generates_alike_in_a_batch_and_alone(default_run):
+    output_dir, _ = default_run
+    model = AutoModelForImageTextToText.from_pretrained(output_dir)
+    assert model.dtype == torch.bfloat16
+    model = model.float()
+    processor = AutoProcessor.from_pretrained(output_dir)
+    rows = json.loads((REPO / "train_data" / "data.json").read_text(encoding="utf-8"))
+    chosen = [rows[i]["messages"][:1] for i in (0, 7, 10)]
+    for message in chosen:
+        for item in message[0]["content"]:
+            if isinstance(item, dict) and item["type"] == "image":
+                item["image"] = Image.open(REPO / "train_data" / item["image"])
+
+    def generate(conversations):
+        pictures = [
+            item["image"]
+            for conversation in conversations
+            for item in conversation[0]["content"]
+            if isinstance(item, dict) and item["type"] == "image"
+        ]
+        prompts = processor.apply_chat_template(
+            conversations, tokenize=False, add_generation_prompt=True
+        )
+        inputs = processor(text=prompts, images=pictures or None, padding=True, return_tensors="pt")
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=80)
+        return processor.batch_decode(
+            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+
+    together = generate(chosen)
+    assert together == [generate([conversation])[0] for conversation in chosen]
+    # Plain transformers, with the saved processor, sees what training saw.
+    assert together == [rows[i]["messages"][1]["content"] for i in (0, 7, 10)]
+
+
+def count_equal(printed):
+    return tuple(map(int, re.search(r"(\d+) of (\d+) answers equal", printed).groups()))
+
+
+def test_trained_model_knows_its_answers_and_the_base_model_none(default_run):
+    output_dir, _ = default_run
+    training = ("--prompts", "train_data/data.json", "--model_dir", output_dir)
+    trained = run_script("test_on_trained_model_by_us.py", *training)
+    base = run_script("test_on_official_model.py", *training)
+    assert count_equal(trained)[0] >= 10 and count_equal(trained)[1] == 12
+    assert count_equal(base) == (0, 12)
+
+    def without_answers(printed):
+        printed = re.sub(r"^answer: .*?^reference: ", "reference: ", printed, flags=re.M | re.S)
+        return printed.splitlines()[1:-1]  # nor the model's name and the score
+
+    assert without_answers(trained) == without_answers(base)
+    limits = "images of 3136 to 50176 pixels"
+    assert limits in trained.splitlines()[0] and limits in base.splitlines()[0]
+
+
+def test_the_prompts_that_ship(default_run):
+    output_dir, _ = default_run
+    printed = run_script(
+        "test_on_trained_model_by_us.py", "--model_dir", output_dir, "--max_new_tokens", 8
+    )
+    prompts = json.loads((REPO / "test_data" / "prompts.json").read_text(encoding="utf-8"))
+    assert re.findall(r"^=== (.+)$", printed, re.M) == [prompt["id"] for prompt in prompts]
+    assert len(re.findall(r"^answer: ", printed, re.M)) == len(prompts)
+
+
+def test_a_bf16_run_follows_the_fp32_run(tmp_path):
+    losses = {}
+    for precision in ("bf16", "fp32"):
+        run_script(
+            *("finetune.py", "--max_steps", 5, "--output_dir", tmp_path / precision),
+            *("--precision", precision, "--max_tokens", 400),
+        )
+        lines = (tmp_path / precision / "metrics.jsonl").read_text().splitlines()
+        losses[precision] = [json.loads(line)["loss"] for line in lines]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=5e-3)
+    assert losses["bf16"] != losses["fp32"], "bf16 computed in fp32"
+
+
+def test_check_data_shows_what_is_trained():
+    printed = run_script("check_data.py", "--train_data", "train_data/data.json", "--show", 3)
+    shown = json.loads(printed.splitlines()[-1])
+    assert len(shown["input_ids"]) == len(shown["labels"])
+    assert (
+        "[[An orange space suit with a round blue mission patch on the chest.<|im_end|>]]"
+        in printed
+    )
+    pairs = zip(shown["input_ids"], shown["labels"])
+    assert all(label in (-100, token) for token, label in pairs)
+    assert "12 samples" in run_script("check_data.py")

@@ -1,0 +1,167 @@
+"""Every flag of finetune.py, in one place."""
+
+import dataclasses
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import transformers
+from transformers.hf_argparser import HfArg, HfArgumentParser
+
+# What a run uses where the flag is left out.
+DEFAULTS = {
+    "learning_rate": 1e-5,
+    "num_epochs": 3,
+    "precision": "bf16",
+    "max_pixels": 1280 * 28 * 28,
+    "video_max_pixels": 768 * 28 * 28,
+}
+# The embedded tiny model starts from random weights, so it needs a higher learning rate and more
+# rounds than a trained one; and it is made for CPUs, so its pictures are small, and its precision
+# is the one that most CPUs are fast at.
+TINY_DEFAULTS = {
+    "learning_rate": 1e-3,
+    "num_epochs": 60,
+    "precision": "fp32",
+    "max_pixels": 64 * 28 * 28,
+    "video_max_pixels": 32 * 28 * 28,
+}
+
+
+def _left_out(name: str) -> str:
+    return f"Left out: {DEFAULTS[name]}; tiny: {TINY_DEFAULTS[name]}"
+
+
+class UserError(ValueError):
+    """A mistake in flags or data: shown as one message, without a traceback."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The flags, after parsing. Raises UserError where a value makes no sense."""
+
+    # -- model and data
+    model_name_or_path: str | None = HfArg(
+        default=None,
+        help="hub name, local folder, or tiny (the embedded model). Left out: "
+        "Qwen/Qwen2-VL-2B-Instruct on CUDA, tiny on a machine without an NVIDIA device",
+    )
+    train_data: str = HfArg(default="train_data/data.json", help="JSON file of conversations")
+    output_dir: str | None = HfArg(
+        default=None, help="new or empty folder. Left out: train_output/<timestamp>"
+    )
+
+    # -- hyper-parameters: these set the mathematics
+    num_epochs: int | None = HfArg(
+        default=None, help="passes over the data. " + _left_out("num_epochs")
+    )
+    max_steps: int | None = HfArg(default=None, help="stop after this many optimizer steps")
+    batch_size: int = HfArg(default=4, help="samples in one optimizer step, over all GPUs")
+    learning_rate: float | None = HfArg(
+        default=None, help="peak learning rate. " + _left_out("learning_rate")
+    )
+    warmup_ratio: float = HfArg(default=0.03, help="share of the steps that warm up")
+    weight_decay: float = HfArg(default=0.01, help="AdamW's decay, on matrices only")
+    max_grad_norm: float = HfArg(default=1.0, help="gradients are clipped to this norm")
+    supervise: Literal["assistant", "all"] = HfArg(
+        default="assistant",
+        help="train the assistant's answers, or all text (continued pre-training)",
+    )
+    precision: Literal["bf16", "fp32"] | None = HfArg(
+        default=None,
+        help="bf16: fp32 weights, bf16 compute. fp32: all fp32. " + _left_out("precision"),
+    )
+    seed: int = HfArg(default=0, help="fixes the order of the samples")
+
+    # -- what the model sees
+    min_pixels: int = HfArg(default=56 * 56, help="smallest image, in pixels after resizing")
+    max_pixels: int | None = HfArg(
+        default=None,
+        help="largest image, in pixels after resizing; 28 x 28 are one token. "
+        + _left_out("max_pixels"),
+    )
+    video_fps: float = HfArg(default=2.0, help="frames sampled from each second of video")
+    video_max_frames: int = HfArg(default=768, help="most frames sampled from one video")
+    video_max_pixels: int | None = HfArg(
+        default=None,
+        help="largest video frame, in pixels after resizing. " + _left_out("video_max_pixels"),
+    )
+
+    # -- memory and machine: these never change the mathematics
+    max_tokens: int = HfArg(default=4096, help="most tokens in one forward pass on one GPU")
+    num_workers: int = HfArg(default=2, help="processes that read and decode the data")
+    device: str | None = HfArg(default=None, help="cuda, cuda:1, cpu. Left out: cuda, else cpu")
+
+    def __post_init__(self):
+        for name in (
+            *("num_epochs", "max_steps", "batch_size", "learning_rate", "max_grad_norm"),
+            *("min_pixels", "max_pixels", "video_fps", "video_max_frames", "video_max_pixels"),
+            "max_tokens",
+        ):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"--{name} {value}: must be greater than 0")
+        for name in ("weight_decay", "num_workers", "seed"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise UserError(f"--warmup_ratio {self.warmup_ratio}: must be between 0 and 1")
+        if self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise UserError(
+                f"--min_pixels {self.min_pixels} is above --max_pixels {self.max_pixels}: "
+                "lower the one or raise the other"
+            )
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether this run trains the embedded tiny model."""
+        return self.model_name_or_path == "tiny"
+
+    @classmethod
+    def load(cls, path: Path) -> "Config":
+        """Read the flags that `save` wrote."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+    def save(self, path: Path) -> None:
+        """Write the flags as JSON to `path`."""
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def parse_config(argv: list[str] | None = None, extra=None) -> Config:
+    """Parse the command line into a Config.
+
+    Flags that are unknown end the program. `extra` is called with the parser, to add flags of a
+    script's own; they come back as a second value.
+    """
+    parser = HfArgumentParser(Config, allow_abbrev=False)
+    if extra:
+        extra(parser)
+    config, *rest, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return (config, rest[0]) if extra else config
+
+
+def fill_defaults(config: Config, device_type: str) -> Config:
+    """Return `config` with what was left out filled in for a device type, "cuda" or "cpu"."""
+    model = config.model_name_or_path or (
+        "Qwen/Qwen2-VL-2B-Instruct" if device_type == "cuda" else "tiny"
+    )
+    filled = dict(TINY_DEFAULTS if model == "tiny" else DEFAULTS)
+    filled["output_dir"] = f"train_output/{time.strftime('%Y%m%d_%H%M%S')}"
+    filled = {name: value for name, value in filled.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, model_name_or_path=model, **filled)
+
+
+def run_main(main) -> None:
+    """Run a script's main(); a UserError becomes one message and exit code 1."""
+    transformers.logging.disable_progress_bar()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

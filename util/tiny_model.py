@@ -1,0 +1,168 @@
+"""The embedded tiny Qwen2-VL: the real classes at a few million parameters, with random weights.
+
+    python -m util.tiny_model DIR
+
+It runs the same code as the 2B model, on a CPU, in about a minute. It knows nothing: what it
+answers after training, it learned from the training data alone.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+
+REPO_DIR = Path(__file__).resolve().parent.parent
+TRAIN_DATA = REPO_DIR / "train_data" / "data.json"
+
+# In the order in which Qwen2-VL numbers them, after the vocabulary.
+SPECIAL_TOKENS = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
+    *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>"),
+    *("<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+]
+
+# Renders what Qwen2-VL's own template renders, the default system prompt included.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if loop.first and message['role'] != 'system' -%}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+{%- endif -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for item in message['content'] -%}
+{%- if item['type'] == 'image' or 'image' in item or 'image_url' in item -%}
+{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+{%- elif item['type'] == 'video' or 'video' in item -%}
+{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
+{%- elif 'text' in item -%}
+{{- item['text'] -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+
+def build_tokenizer(texts: list[str], vocab_size: int = 512):
+    """Return a Qwen2Tokenizer, its BPE trained on `texts`, with Qwen2-VL's special tokens."""
+    bpe = transformers.Qwen2Tokenizer()._tokenizer  # brings Qwen's normalizer and pre-tokenizer
+    trainer = BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=ByteLevel.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    model = json.loads(bpe.to_str())["model"]
+    # Special tokens are put into the vocabulary here: as added tokens of a finished tokenizer,
+    # eos_token and pad_token would take the first free ids, out of Qwen2-VL's order.
+    vocab = {token: i for token, i in model["vocab"].items() if token not in SPECIAL_TOKENS}
+    vocab = {token: i for i, token in enumerate(sorted(vocab, key=vocab.get))}
+    vocab.update({token: len(vocab) + i for i, token in enumerate(SPECIAL_TOKENS)})
+    return transformers.Qwen2Tokenizer(
+        vocab=vocab,
+        merges=[tuple(merge) for merge in model["merges"]],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL_TOKENS,
+        model_max_length=32768,
+        padding_side="left",
+    )
+
+
+def build_config(tokenizer):
+    """Return the configuration of a Qwen2-VL with 4 million parameters for `tokenizer`."""
+    token_id = tokenizer.convert_tokens_to_ids
+    return transformers.Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 256,
+            "intermediate_size": 704,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [8, 12, 12],
+            },
+            "bos_token_id": token_id("<|endoftext|>"),
+            "eos_token_id": token_id("<|im_end|>"),
+        },
+        vision_config={"depth": 2, "embed_dim": 128, "hidden_size": 256, "num_heads": 4},
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+
+
+def build_tiny_model(output_dir: str | Path) -> None:
+    """Write model, processor and chat template of the tiny model to the folder `output_dir`."""
+    tokenizer = build_tokenizer(_strings(json.loads(TRAIN_DATA.read_text(encoding="utf-8"))))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.Qwen2VLForConditionalGeneration(build_config(tokenizer))
+    # The sampling settings of Qwen2-VL-2B-Instruct, near greedy.
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=True,
+        temperature=0.01,
+        top_k=1,
+        top_p=0.001,
+        bos_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        eos_token_id=tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]),
+    )
+    processor = transformers.Qwen2VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(),
+        tokenizer=tokenizer,
+        video_processor=transformers.Qwen2VLVideoProcessor(),
+        chat_template=CHAT_TEMPLATE,
+    )
+    model.save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
+
+
+def cached_tiny_model() -> str:
+    """Return the folder of the tiny model, built on first use and again when its sources change."""
+    sources = Path(__file__).read_bytes() + TRAIN_DATA.read_bytes()
+    key = hashlib.sha256(sources + transformers.__version__.encode()).hexdigest()[:12]
+    folder = REPO_DIR / ".cache" / f"tiny-{key}"
+    if not folder.is_dir():
+        folder.parent.mkdir(exist_ok=True)
+        # Built beside and renamed: a second process never sees half a model.
+        building = tempfile.mkdtemp(dir=folder.parent)
+        build_tiny_model(building)
+        try:
+            os.rename(building, folder)
+        except OSError:  # another process was first
+            shutil.rmtree(building)
+    return str(folder)
+
+
+def _strings(value) -> list[str]:
+    """Return all strings inside a JSON value."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [text for item in value for text in _strings(item)] if isinstance(value, list) else []
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m util.tiny_model DIR")
+    build_tiny_model(sys.argv[1])
