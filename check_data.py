@@ -11,14 +11,20 @@ import json
 import torch
 
 from util.config import UserError, fill_defaults, parse_config, run_main
-from util.data_util import IGNORE, SampleEncoder, load_records
+from util.data_util import Records
 from util.model_util import build_encoder, choose_device, find_model, load_processor
 from util.plan_util import build_index, check_lengths, raise_problems
+from util.sample_util import IGNORE, SampleEncoder
 
 
-def show_sample(encoder: SampleEncoder, record) -> None:
-    """Print a sample as the model sees it, what is trained between [[ and ]], then as JSON."""
-    sample = encoder.encode(record)
+def show_sample(encoder: SampleEncoder, records: Records, i: int) -> None:
+    """Print sample `i` as the model sees it, trained text between [[ and ]], then as JSON."""
+    if not 0 <= i < len(records):
+        raise UserError(f"--show {i}: there are samples 0 to {len(records) - 1}")
+    try:
+        sample = encoder.encode(records[i], records.folder(i))
+    except ValueError as error:
+        raise UserError(f"{records.where(i)}: {error}") from error
     input_ids, labels = sample.input_ids, sample.labels
     # Runs of tokens that are alike: one placeholder, or all trained, or all not.
     media = encoder.token_types(input_ids) * input_ids
@@ -41,21 +47,15 @@ def main() -> None:
         )
     )
     config = fill_defaults(config, choose_device(config.device).type)
-    path = config.train_data
     folder = find_model(config.model_name_or_path)
-    encoder = build_encoder(folder, load_processor(folder, config), config, path)
-    records = load_records(path)
+    encoder = build_encoder(folder, load_processor(folder, config), config)
+    records = Records(config.train_data)
     if extra.show is not None:
-        if not 0 <= extra.show < len(records):
-            raise UserError(f"--show {extra.show}: {path} has samples 0 to {len(records) - 1}")
-        try:
-            return show_sample(encoder, records[extra.show])
-        except ValueError as error:
-            raise UserError(f"{path}: sample {extra.show}: {error}") from error
-    index, problems = build_index(path, records, encoder)
-    problems += check_lengths(path, index, config.max_tokens, encoder)
+        return show_sample(encoder, records, extra.show)
+    index, problems = build_index(records, encoder)
+    problems += check_lengths(records, index, config.max_tokens, encoder)
     raise_problems(problems, most=len(problems))
-    print(f"{path}: all good: {index.summary()}")
+    print(f"all good: {index.summary()}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from util.config import Config, UserError, fill_defaults, parse_config, run_main
-from util.data_util import load_records
+from util.data_util import Records
 from util.logutil import append_metrics, peak_memory_gib, plot_loss, setup_logging
 from util.model_util import (
     InputBuilder,
@@ -53,7 +53,12 @@ def train(config: Config, model, build_inputs, dataset, plan, num_steps, device,
         torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
     )
     micro_batches = load_micro_batches(
-        dataset, plan.steps(0, num_steps), 0, config.num_workers, device.type == "cuda"
+        dataset,
+        plan.steps(0, num_steps),
+        rank=0,
+        num_workers=config.num_workers,
+        pin_memory=device.type == "cuda",
+        skip_bad_samples=config.on_bad_sample == "skip",
     )
     progress = tqdm(total=num_steps, unit="step", dynamic_ncols=True, disable=None)
 
@@ -68,6 +73,7 @@ def train(config: Config, model, build_inputs, dataset, plan, num_steps, device,
         # The step's loss is one mean over all its supervised tokens, however the samples are
         # packed: every micro-batch adds its sum, divided by the count of the whole step.
         loss = torch.zeros((), device=device)
+        problems = []
         num_micro_batches = len(step.micro_batches[0])
         for micro_batch in islice(micro_batches, num_micro_batches):
             with autocast:
@@ -77,6 +83,7 @@ def train(config: Config, model, build_inputs, dataset, plan, num_steps, device,
             micro_batch_loss = loss_sum / step.num_supervised_tokens
             micro_batch_loss.backward()
             loss += micro_batch_loss.detach()
+            problems += micro_batch.problems
 
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         # The only place where the step waits for the device.
@@ -97,7 +104,8 @@ def train(config: Config, model, build_inputs, dataset, plan, num_steps, device,
             "loss": loss,
             "learning_rate": lr,
             "grad_norm": grad_norm,
-            "num_samples": len(step.samples),
+            "num_samples": len(step.samples) - len(problems),
+            "num_bad_samples": len(problems),
             "num_micro_batches": num_micro_batches,
             "num_tokens": step.num_tokens,
             "num_supervised_tokens": step.num_supervised_tokens,
@@ -106,6 +114,8 @@ def train(config: Config, model, build_inputs, dataset, plan, num_steps, device,
             "peak_memory_gib": peak_memory_gib(device),
         }
         append_metrics(output_dir / "metrics.jsonl", metrics)
+        for problem in problems:
+            logger.warning(f"left out   {problem}")
         line = f"loss {loss:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s"
         progress.set_postfix_str(line)
         progress.update()
@@ -131,13 +141,16 @@ def main() -> None:
     # Everything that can be wrong with the data is known before the model is loaded.
     folder = find_model(config.model_name_or_path)
     processor = load_processor(folder, config)
-    encoder = build_encoder(folder, processor, config, config.train_data)
-    records = load_records(config.train_data)
-    index, problems = build_index(config.train_data, records, encoder)
-    problems += check_lengths(config.train_data, index, config.max_tokens, encoder)
-    raise_problems(problems)
+    encoder = build_encoder(folder, processor, config)
+    records = Records(config.train_data)
+    index, problems = build_index(records, encoder)
+    problems += check_lengths(records, index, config.max_tokens, encoder)
+    if config.on_bad_sample == "stop":
+        raise_problems(problems)
     capacity = config.max_tokens - encoder.num_dummy_tokens
-    plan = Plan(index, config.batch_size, capacity, config.seed, world_size=1)
+    plan = Plan(index, config.batch_size, capacity, config.seed, 1, records.groups())
+    if plan.num_samples_per_epoch == 0:
+        raise_problems(["no sample is left to train on", *problems])
     num_steps = plan.num_steps_per_epoch * config.num_epochs
     num_steps = min(num_steps, config.max_steps or num_steps)
 
@@ -155,7 +168,9 @@ def main() -> None:
         f"model      {config.model_name_or_path}: {model.num_parameters() / 1e6:,.1f} M "
         f"parameters on {device}, {config.precision}, attention {attention}"
     )
-    logger.info(f"data       {config.train_data}: {index.summary()}")
+    logger.info(f"data       {' '.join(config.train_data)}: {index.summary()}")
+    for problem in problems:
+        logger.warning(f"left out   {problem}")
     logger.info(
         f"steps      {num_steps} of {config.batch_size} samples ({plan.num_steps_per_epoch} an "
         f"epoch), in micro-batches of at most {config.max_tokens:,} tokens; learning rate "
@@ -165,7 +180,7 @@ def main() -> None:
 
     started = time.perf_counter()
     build_inputs = InputBuilder(processor, attention, device)
-    dataset = SampleDataset(config.train_data, records, index, encoder)
+    dataset = SampleDataset(records, index, encoder)
     train(config, model, build_inputs, dataset, plan, num_steps, device, output_dir)
     export_model(model, processor, output_dir)
     plot_loss(output_dir / "metrics.jsonl", output_dir / "loss.png")

@@ -23,9 +23,9 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from util.config import Config, fill_defaults
-from util.data_util import IGNORE
 from util.model_util import InputBuilder, build_encoder, find_model, load_processor, packed_sdpa
 from util.plan_util import pack
+from util.sample_util import IGNORE
 from util.tiny_model import build_config
 
 STEPS = 3
@@ -38,7 +38,7 @@ def make_samples(folder: Path):
     name = find_model("tiny")
     config = fill_defaults(Config(model_name_or_path="tiny", max_pixels=400 * 784), "cpu")
     processor = load_processor(name, config)
-    encoder = build_encoder(name, processor, config, str(folder / "data.json"))
+    encoder = build_encoder(name, processor, config)
     generator = np.random.default_rng(0)
     samples = []
     for i in range(16):

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from util.config import Config, fill_defaults
-from util.data_util import load_records
+from util.data_util import Records
 from util.model_util import (
     InputBuilder,
     build_encoder,
@@ -84,26 +84,26 @@ def tiny_config(**flags) -> Config:
 
 
 @functools.cache
-def encoder_for(folder: str, data_path="data.json", **flags):
+def encoder_for(folder: str, **flags):
     """Return the encoder that training would use for a model folder."""
     config = tiny_config(**flags)
-    return build_encoder(folder, load_processor(folder, config), config, str(data_path))
+    return build_encoder(folder, load_processor(folder, config), config)
 
 
 def set_up(config: Config, folder: str) -> SimpleNamespace:
     """Prepare a run as finetune.main() does, without an output folder."""
     processor = load_processor(folder, config)
-    encoder = build_encoder(folder, processor, config, config.train_data)
-    records = load_records(config.train_data)
-    index, problems = build_index(config.train_data, records, encoder)
+    encoder = build_encoder(folder, processor, config)
+    records = Records(config.train_data)
+    index, problems = build_index(records, encoder)
     assert not problems
     capacity = config.max_tokens - encoder.num_dummy_tokens
-    plan = Plan(index, config.batch_size, capacity, config.seed, world_size=1)
+    plan = Plan(index, config.batch_size, capacity, config.seed, 1, records.groups())
     return SimpleNamespace(
         config=config,
         model=load_model(folder, "packed_sdpa", CPU),
         build_inputs=InputBuilder(processor, "packed_sdpa", CPU),
-        dataset=SampleDataset(config.train_data, records, index, encoder),
+        dataset=SampleDataset(records, index, encoder),
         plan=plan,
         encoder=encoder,
         records=records,

@@ -9,7 +9,8 @@ from conftest import REPO, assistant, image, make_image, tiny_config, user, vide
 
 import finetune
 from util.config import UserError
-from util.data_util import load_records
+from util.data_util import Records
+from util.sample_util import find_file
 
 GOOD = [user("Hi"), assistant("Hello.")]
 
@@ -72,7 +73,7 @@ def test_conversations(run_main, tmp_path):
     has(message(user("a"), {"role": "system", "content": "b"}), "message 1", "must come first")
     path = tmp_path / "d.json"
     path.write_text("[3]")
-    has(fails(run_main, "--train_data", path), "sample 0", '"messages"')
+    has(fails(run_main, "--train_data", path), "sample 0", '"messages"', '"conversations"')
 
 
 def test_media(run_main, tmp_path):
@@ -114,8 +115,25 @@ def test_a_picture_that_changed_since_it_was_indexed_is_refused(run_main, tmp_pa
 def test_a_sample_that_is_too_long(run_main, tmp_path):
     long = [user("word " * 200), assistant("x")]
     message = fails_with_data(run_main, tmp_path, [GOOD, long], "--max_tokens", 100)
-    has(message, "sample 1 has", "--max_tokens 100", "--max_pixels", "--video_fps", "shorten")
+    has(message, "sample 1: has", "--max_tokens 100", "--max_pixels", "--video_fps", "shorten")
     assert "sample 0" not in message
+
+
+def test_bad_samples_are_left_out_and_counted(run_main, tmp_path):
+    cut = make_image(tmp_path / "cut.png", 300, 300)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
+    bad = [[user("no answer")], [user(image("missing.jpg")), assistant("x")]]
+    broken = [user(image(cut)), assistant("x")]
+    data = write_data(tmp_path / "d.json", [GOOD, *bad, [user("word " * 500)], broken, GOOD])
+    run_main("--train_data", data, "--on_bad_sample", "skip", "--max_tokens", 900)
+    log = (tmp_path / "out" / "train.log").read_text()
+    for place in ("sample 1: no assistant", "sample 2: message 0", "sample 3: ", "sample 4: mess"):
+        assert place in log, log
+    metrics = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
+    assert (metrics["num_samples"], metrics["num_bad_samples"]) == (2, 1)
+    only_bad = write_data(tmp_path / "e.json", bad)
+    flags = ("--on_bad_sample", "skip", "--output_dir", tmp_path / "out2")
+    has(fails(run_main, "--train_data", only_bad, *flags), "no sample is left", "sample 1")
 
 
 def test_all_problems_are_told_at_once(run_main, tmp_path):
@@ -179,20 +197,15 @@ def test_scripts_print_one_line_and_no_traceback(tmp_path):
 
 
 def test_media_are_found_from_the_current_folder_first(tmp_path, monkeypatch):
-    from conftest import encoder_for
-
-    from util.tiny_model import cached_tiny_model
-
     (tmp_path / "data").mkdir()
     make_image(tmp_path / "data" / "a.png", 60, 60)
-    encoder = encoder_for(cached_tiny_model(), tmp_path / "data" / "d.json")
     monkeypatch.chdir(tmp_path)
-    assert encoder.find_file("a.png") == str(tmp_path / "data" / "a.png")
+    assert find_file("a.png", tmp_path / "data") == str(tmp_path / "data" / "a.png")
     make_image(tmp_path / "a.png", 60, 60)
-    assert encoder.find_file("a.png") == "a.png"
+    assert find_file("a.png", tmp_path / "data") == "a.png"
 
 
 def test_bom_and_chinese_in_the_data_file(tmp_path):
     path = tmp_path / "d.json"
     path.write_text(json.dumps([{"messages": [user("你好")]}], ensure_ascii=False), "utf-8-sig")
-    assert load_records(str(path))[0]["messages"][0]["content"] == "你好"
+    assert Records([str(path)])[0]["messages"][0]["content"] == "你好"

@@ -49,6 +49,7 @@ def test_the_default_run_learns(default_run):
     assert [m["global_step"] for m in metrics] == list(range(1, len(metrics) + 1))
     assert set(metrics[0]) == {
         *("global_step", "epoch", "loss", "learning_rate", "grad_norm", "num_samples"),
+        "num_bad_samples",
         *("num_micro_batches", "num_tokens", "num_supervised_tokens", "seconds"),
         *("tokens_per_second", "peak_memory_gib"),
     }

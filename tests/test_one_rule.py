@@ -9,15 +9,15 @@ from conftest import CPU, plain_model, set_up, tiny_config
 from test_packing import alone_inputs
 
 from finetune import train
-from util.data_util import IGNORE
 from util.optim_util import build_optimizer, learning_rate_at
+from util.sample_util import IGNORE
 
 FLAGS = {"batch_size": 8, "num_epochs": 2, "learning_rate": 1e-3, "precision": "fp32"}
 
 
 def train_packed(mixed_data, folder, output_dir, **flags):
     """Run train() and return its metrics and the final weights as one vector."""
-    run = set_up(tiny_config(train_data=mixed_data, **FLAGS, **flags), folder)
+    run = set_up(tiny_config(train_data=[mixed_data], **FLAGS, **flags), folder)
     num_steps = run.plan.num_steps_per_epoch * run.config.num_epochs
     torch.manual_seed(0)
     train(
@@ -33,7 +33,7 @@ def weights(model):
 
 def train_plainly(mixed_data, folder):
     """Train with each sample by itself, nothing packed, and the gradients summed up."""
-    run = set_up(tiny_config(train_data=mixed_data, **FLAGS), folder)
+    run = set_up(tiny_config(train_data=[mixed_data], **FLAGS), folder)
     model = plain_model(folder).train()
     config, plan = run.config, run.plan
     optimizer = build_optimizer(model, config.weight_decay)
@@ -75,7 +75,7 @@ def plain(mixed_data, tiny_folder):
     ids=["whole_step", "packed_by_workers", "one_by_one"],
 )
 def test_packing_and_workers_do_not_change_the_run(flags, plain, mixed_data, tiny_folder, tmp_path):
-    run = set_up(tiny_config(train_data=mixed_data), tiny_folder)
+    run = set_up(tiny_config(train_data=[mixed_data]), tiny_folder)
     if flags["max_tokens"] == "longest":
         flags = flags | {"max_tokens": int(run.index.num_tokens.max()) + 1}
     metrics, final = train_packed(mixed_data, tiny_folder, tmp_path, **flags)

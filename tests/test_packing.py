@@ -7,15 +7,16 @@ from conftest import CPU, plain_model, set_up, tiny_config
 from PIL import Image
 from transformers import AutoProcessor, modeling_flash_attention_utils
 
-from util.data_util import IGNORE, media_of
+from util.data_util import media_of
 from util.model_util import InputBuilder, load_processor
 from util.plan_util import pack
+from util.sample_util import IGNORE
 from util.vision_util import load_frames
 
 
 @pytest.fixture(scope="module")
 def run(mixed_data, tiny_folder):
-    return set_up(tiny_config(train_data=mixed_data), tiny_folder)
+    return set_up(tiny_config(train_data=[mixed_data]), tiny_folder)
 
 
 def alone_inputs(run, sample):

@@ -49,7 +49,11 @@ class Config:
         help="hub name, local folder, or tiny (the embedded model). Left out: "
         "Qwen/Qwen2-VL-2B-Instruct on CUDA, tiny on a machine without an NVIDIA device",
     )
-    train_data: str = HfArg(default="train_data/data.json", help="JSON file of conversations")
+    train_data: list[str] = HfArg(  # noqa: RUF009
+        default_factory=lambda: ["train_data/data.json"],
+        help="JSON or JSONL files of conversations, each with an optional sampling rate: "
+        "a.json b.jsonl:0.5",
+    )
     output_dir: str | None = HfArg(
         default=None, help="new or empty folder. Left out: train_output/<timestamp>"
     )
@@ -92,6 +96,9 @@ class Config:
 
     # -- memory and machine: these never change the mathematics
     max_tokens: int = HfArg(default=4096, help="most tokens in one forward pass on one GPU")
+    on_bad_sample: Literal["stop", "skip"] = HfArg(
+        default="stop", help="samples that cannot be used: stop before training, or leave them out"
+    )
     num_workers: int = HfArg(default=2, help="processes that read and decode the data")
     device: str | None = HfArg(default=None, help="cuda, cuda:1, cpu. Left out: cuda, else cpu")
 

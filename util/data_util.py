@@ -1,61 +1,226 @@
-"""From a JSON file of conversations to samples: token ids, labels, patches, positions.
+"""Data files and the conversations in them: three formats, JSON and JSONL.
 
-Everything that is wrong with a record raises ValueError, naming the message and the file in it.
+What is wrong with a file raises UserError; what is wrong with a record, ValueError naming the
+message in it.
 """
 
 import json
+import mmap
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from util.config import UserError
-from util.vision_util import PixelPolicy, check_local_file, load_media, probe_media
+from util.vision_util import check_local_file
 
-IGNORE = -100  # label of a token that is not trained
 ROLES = ("system", "user", "assistant")
+# As LLaVA, its followers and Qwen's own script name them.
+SPEAKERS = {
+    **{"system": "system", "human": "user", "user": "user"},
+    **{"gpt": "assistant", "assistant": "assistant"},
+}
 MEDIA_TYPES = ("image", "video")
-CONTROL_TOKEN = re.compile(r"<\|(im_.*|vision_.*|.*_pad|endoftext)\|>")
+MEDIA_TAG = re.compile("<(image|video)>")
 
 
-# ---------------------------------------------------------------- the data file
+# ---------------------------------------------------------------- the data files
 
 
-def load_records(path: str) -> list[dict]:
-    """Return the list in a JSON data file. Raises UserError where it is not one."""
+class Records:
+    """The records of one or several data files, JSON lists or JSONL, by number.
+
+    `names` are paths, each with an optional sampling rate: "a.json", "b.jsonl:0.5". Records stay
+    bytes until they are asked for: a JSONL file is mapped, not read, so that a million lines cost
+    no process more than their offsets. Raises UserError where a file cannot be used.
+    """
+
+    def __init__(self, names: list[str]):
+        self.files = [_open_file(*_split_rate(name)) for name in names]
+        self._ends = np.cumsum([len(file.starts) for file in self.files])
+
+    def __len__(self):
+        return int(self._ends[-1])
+
+    def __getitem__(self, i: int):
+        """Return record `i`, parsed. Raises ValueError where a line is not JSON."""
+        file, i = self._find(i)
+        try:
+            return json.loads(bytes(file.data[file.starts[i] : file.ends[i]]))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not valid JSON at column {error.colno}: {error.msg}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8 text: {error}") from error
+
+    def where(self, i: int) -> str:
+        """Return the file and place of record `i`, for messages."""
+        file, i = self._find(i)
+        place = f"sample {i}" if file.lines is None else f"line {file.lines[i]}"
+        return f"{file.path}: {place}"
+
+    def folder(self, i: int) -> Path:
+        """Return the folder of the file that holds record `i`."""
+        return Path(self._find(i)[0].path).parent
+
+    def groups(self) -> list[tuple[int, int, float]]:
+        """Return (first, last, rate) of each file; record number `last` is the next file's."""
+        ends = self._ends.tolist()
+        return [(a, b, file.rate) for a, b, file in zip([0, *ends], ends, self.files)]
+
+    def _find(self, i: int):
+        number = int(np.searchsorted(self._ends, i, side="right"))
+        return self.files[number], int(i - (self._ends[number - 1] if number else 0))
+
+
+@dataclass
+class DataFile:
+    """The bytes of a data file and where its records start and end in them."""
+
+    path: str
+    rate: float
+    data: bytes | mmap.mmap
+    starts: np.ndarray
+    ends: np.ndarray
+    lines: np.ndarray | None  # line numbers from 1, for JSONL
+
+
+def _split_rate(name: str) -> tuple[str, float]:
+    path, _, rate = name.rpartition(":")
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        rate = float(rate)
+    except ValueError:
+        return name, 1.0
+    if not path:
+        return name, 1.0
+    if not 0 < rate < float("inf"):
+        raise UserError(f"--train_data {name}: the sampling rate must be above 0")
+    return path, rate
+
+
+def _open_file(path: str, rate: float) -> DataFile:
+    try:
+        check_local_file(path)
+        with open(path, "rb") as file:
+            if path.endswith(".jsonl"):
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            else:
+                data = file.read()
+    except ValueError as error:
+        missing = not os.path.lexists(path)
+        raise UserError(f"{path}: {'No such file' if missing else error}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if path.endswith(".jsonl"):
+        return DataFile(path, rate, data, *_find_lines(path, data))
+    # Kept as bytes like JSONL: a list of objects would be copied into every worker process.
+    records = [json.dumps(record).encode() for record in _parse_list(path, data)]
+    ends = np.cumsum([len(record) for record in records])
+    return DataFile(path, rate, b"".join(records), ends - [len(r) for r in records], ends, None)
+
+
+def _find_lines(path: str, data: mmap.mmap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the starts, ends and numbers of the lines that are not blank."""
+    ends = []
+    view = np.frombuffer(data, np.uint8)
+    for start in range(0, len(view), 1 << 24):  # in parts, or the comparison copies the file
+        ends.append(np.flatnonzero(view[start : start + (1 << 24)] == ord("\n")) + start)
+    ends = np.concatenate([*ends, [len(view)]])
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    # A line of two bytes or less, "\r" or " ", is blank: no record is that short.
+    kept = np.flatnonzero(ends - starts > 2)
+    if len(kept) == 0:
+        raise UserError(f"{path}: holds no records")
+    return starts[kept], ends[kept], (kept + 1).astype(np.int32)
+
+
+def _parse_list(path: str, data: bytes) -> list:
+    try:
+        records = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text: {error}") from error
-    try:
-        records = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path}: is not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+            f"{path}: is not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}. "
+            "One object a line? Then its name must end in .jsonl"
         ) from error
     if not isinstance(records, list) or not records:
         raise UserError(f"{path}: must be a non-empty JSON list of conversations")
     return records
 
 
+# ---------------------------------------------------------------- the conversation
+
+
 def parse_conversation(record) -> list[dict]:
-    """Return the messages of one record of the data file, checked.
+    """Return the messages of one record of a data file, checked.
+
+    Three formats, told apart by their keys: "messages" with typed content (the one returned);
+    "messages" with <image> and <video> tags in the text and lists "images" and "videos";
+    "conversations" of {"from": ..., "value": ...} with the same tags and "image" or "video".
 
     A message is {"role": ..., "content": ...}; content is a string or a list of items
     {"type": "text", "text": ...}, {"type": "image", "image": ...}, {"type": "video", "video": ...}.
     Raises ValueError naming the message where a record is anything else.
     """
-    messages = record.get("messages") if isinstance(record, dict) else None
+    key = "conversations" if isinstance(record, dict) and "conversations" in record else "messages"
+    messages = record.get(key) if isinstance(record, dict) else None
     if not isinstance(messages, list):
-        raise ValueError('must be an object with a list "messages"')
+        raise ValueError('must be an object with a list "messages" or "conversations"')
     if not messages:
         raise ValueError("the conversation is empty")
-    return [_parse_message(i, message) for i, message in enumerate(messages)]
+    if key == "conversations":
+        messages = [_from_turn(i, turn) for i, turn in enumerate(messages)]
+    messages = [_parse_message(i, message) for i, message in enumerate(messages)]
+    return _place_tagged_media(messages, record)
+
+
+def _from_turn(i: int, turn) -> dict:
+    if not isinstance(turn, dict):
+        raise ValueError(f"message {i}: must be an object with from and value")
+    speaker = turn.get("from")
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
+        raise ValueError(f"message {i}: unknown speaker {speaker!r}: use human, gpt or system")
+    return {"role": SPEAKERS[speaker], "content": turn.get("value")}
+
+
+def _place_tagged_media(messages: list[dict], record: dict) -> list[dict]:
+    """Put the record's own lists of media where the tags in its text stand."""
+    media = {kind: _media_list(record, kind) for kind in MEDIA_TYPES}
+    left = {kind: iter(items) for kind, items in media.items()}
+    counts = dict.fromkeys(MEDIA_TYPES, 0)
+    for i, message in enumerate(messages):
+        if not isinstance(message["content"], str) or not MEDIA_TAG.search(message["content"]):
+            continue
+        content = []
+        # Odd parts are tags. The line break that sets a tag apart is not part of the text.
+        for k, part in enumerate(re.split(r"\n?<(image|video)>\n?", message["content"])):
+            if k % 2 == 0:
+                content += [{"type": "text", "text": part}] if part else []
+            else:
+                counts[part] += 1
+                item = next(left[part], None)
+                content += [_parse_item(f"message {i}", item)] if item else []
+        message["content"] = content
+    for kind in MEDIA_TYPES:
+        if counts[kind] != len(media[kind]):
+            raise ValueError(
+                f"the text has {counts[kind]} <{kind}> tags, but the record lists "
+                f"{len(media[kind])} {kind}s"
+            )
+    return messages
+
+
+def _media_list(record: dict, kind: str) -> list[dict]:
+    """Return what a record lists under "image" or "images" (or video) as items."""
+    value = record.get(kind) or record.get(kind + "s") or []
+    items = []
+    for entry in value if isinstance(value, list) else [value]:
+        if entry is not None:
+            items.append({"type": kind, **(entry if isinstance(entry, dict) else {kind: entry})})
+    return items
 
 
 def _parse_message(i: int, message) -> dict:
@@ -98,219 +263,3 @@ def media_of(messages: list[dict]) -> Iterator[tuple[int, dict]]:
     for i, message in enumerate(messages):
         if not isinstance(message["content"], str):
             yield from ((i, item) for item in message["content"] if item["type"] in MEDIA_TYPES)
-
-
-# ---------------------------------------------------------------- one sample
-
-
-@dataclass
-class Sample:
-    """One conversation, ready to be packed. All tensors are on the CPU.
-
-    input_ids (T,) int64; labels (T,) int64, unshifted, -100 where not trained; position_ids
-    (3, T) int64, M-RoPE; patches (num_patches, patch_dim) uint8; grids and media_types: one
-    (t, h, w) and one "image" or "video" for each picture or clip, in order.
-    """
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    position_ids: torch.Tensor
-    patches: torch.Tensor
-    grids: list[tuple[int, int, int]]
-    media_types: list[str]
-
-
-class SampleEncoder:
-    """Turns conversations into samples, with the tokenizer and chat template of the model.
-
-    `get_rope_index` is the method of that name of the model class; it only needs the config, so
-    a model on the meta device serves. `data_dir` is where media paths are looked for after the
-    current folder.
-    """
-
-    def __init__(self, processor, get_rope_index, policy: PixelPolicy, supervise, data_dir):
-        self.tokenizer = processor.tokenizer
-        self.chat_template = processor.chat_template or self.tokenizer.chat_template
-        self.get_rope_index = get_rope_index
-        self.policy = policy
-        self.supervise = supervise
-        self.data_dir = Path(data_dir)
-        self.image_token_id = processor.image_token_id
-        self.video_token_id = processor.video_token_id
-        ends = self.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>"])
-        self.media_token_ids = {self.image_token_id, self.video_token_id, *ends}
-        self.end_of_turn = "<|im_end|>"
-        self.control_tokens = [
-            token for token in self.tokenizer.get_added_vocab() if CONTROL_TOKEN.fullmatch(token)
-        ]
-
-    @property
-    def num_dummy_tokens(self) -> int:
-        """Tokens that the dummy segment takes of every micro-batch."""
-        return self.policy.num_tokens(self.policy.dummy_grid)
-
-    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        """Return the text of `messages` by the model's own chat template, media unexpanded."""
-        return self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.chat_template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-
-    def prepare(self, record) -> list[dict]:
-        """Return the messages of a record, with media paths found and control tokens refused."""
-        messages = parse_conversation(record)
-        for i, message in enumerate(messages):
-            for token in self.control_tokens:
-                if token in text_of(message):
-                    raise ValueError(
-                        f"message {i}: the text contains the control token {token}: remove it; "
-                        "pictures are given as items of their own"
-                    )
-        for i, item in media_of(messages):
-            try:
-                item[item["type"]] = self.find_file(item[item["type"]])
-            except (ValueError, OSError) as error:
-                raise ValueError(f"message {i}: {error}") from error
-        return messages
-
-    def find_file(self, path: str) -> str:
-        """Return where a media path of the data file is: the current folder, else the data's."""
-        path = path.removeprefix("file://")
-        for candidate in dict.fromkeys((Path(path), self.data_dir / path)):
-            if os.path.lexists(candidate):
-                try:
-                    check_local_file(str(candidate))
-                except ValueError as error:
-                    raise ValueError(f"{candidate}: {error}") from error
-                return str(candidate)
-        raise ValueError(f"no such file: {Path(path).absolute()} nor {self.data_dir / path}")
-
-    def segments(self, messages: list[dict]) -> list[tuple[str, bool]]:
-        """Split the rendered conversation into (text, is trained) pieces.
-
-        Each piece is tokenized by itself. An answer therefore begins with the tokens that
-        generation begins with, after a prompt that ends with the generation header; tokenized in
-        one go, "assistant\\n" and an answer's leading newline become one token.
-        """
-        text = self.render(messages)
-        if self.supervise == "all":
-            return [(text, True)]
-        pieces, done = [], 0
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self.render(messages[:i], add_generation_prompt=True)
-            turn = self.render(messages[: i + 1])
-            end = turn.rfind(self.end_of_turn) + len(self.end_of_turn)
-            if not (text.startswith(turn) and turn.startswith(prompt) and end > len(prompt)):
-                raise ValueError(
-                    f"message {i}: the model's chat template changes earlier turns when later ones "
-                    "follow, so its answers cannot be told from its prompts"
-                )
-            pieces += [(text[done : len(prompt)], False), (text[len(prompt) : end], True)]
-            done = end
-        if not pieces:
-            raise ValueError(
-                "no assistant message, so there is nothing to train: add one, or use "
-                "--supervise all"
-            )
-        return [*pieces, (text[done:], False)]
-
-    def tokenize(self, pieces: list[tuple[str, bool]], grids: list) -> tuple[list, list]:
-        """Return input_ids and labels of `pieces`, with a placeholder for every media token."""
-        input_ids, labels, grids = [], [], iter(grids)
-        for text, is_trained in pieces:
-            for token in self.tokenizer(text, add_special_tokens=False).input_ids:
-                repeats = 1
-                if token in (self.image_token_id, self.video_token_id):
-                    repeats = self.policy.num_tokens(next(grids))
-                trained = is_trained and token not in self.media_token_ids
-                input_ids += [token] * repeats
-                labels += [token if trained else IGNORE] * repeats
-        # The first token of a sample would be predicted from the sample packed before it.
-        labels[0] = IGNORE
-        return input_ids, labels
-
-    def measure(self, record) -> tuple[int, int, int, int]:
-        """Return the numbers of tokens of a record: all, supervised, of images, of videos.
-
-        Only headers of media are read. Raises ValueError where the record cannot be trained on.
-        """
-        messages = self.prepare(record)
-        grids = [self._at_media(probe_media, i, item) for i, item in media_of(messages)]
-        input_ids, labels = self.tokenize(self.segments(messages), grids)
-        num_supervised = len(labels) - labels.count(IGNORE)
-        if num_supervised == 0:
-            raise ValueError("nothing to train: no text is supervised")
-        images, videos = (input_ids.count(t) for t in (self.image_token_id, self.video_token_id))
-        return len(input_ids), num_supervised, images, videos
-
-    def encode(self, record) -> Sample:
-        """Return the sample of a record, with all its media decoded."""
-        messages = self.prepare(record)
-        return self._sample(messages, self.segments(messages))
-
-    def encode_prompt(self, messages: list[dict]) -> Sample:
-        """Return the sample of `messages` up to and with the generation header, without labels."""
-        messages = self.prepare({"messages": messages})
-        return self._sample(messages, [(self.render(messages, True), False)])
-
-    def _sample(self, messages: list[dict], pieces: list[tuple[str, bool]]) -> Sample:
-        items = list(media_of(messages))
-        media_types = [item["type"] for _, item in items]
-        media = [self._at_media(load_media, i, item) for i, item in items]
-        grids = [grid for _, grid in media]
-        input_ids, labels = (torch.tensor(ids) for ids in self.tokenize(pieces, grids))
-        position_ids = self.positions(input_ids, grids, media_types)
-        no_patches = torch.empty((0, self.policy.patch_dim), dtype=torch.uint8)
-        patches = torch.cat([no_patches, *(patches for patches, _ in media)])
-        return Sample(input_ids, labels, position_ids, patches, grids, media_types)
-
-    def token_types(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return 1 for tokens of images, 2 for tokens of videos, else 0, as int64."""
-        is_image, is_video = input_ids == self.image_token_id, input_ids == self.video_token_id
-        return is_image.long() + 2 * is_video.long()
-
-    def positions(self, input_ids: torch.Tensor, grids: list, media_types: list) -> torch.Tensor:
-        """Return the M-RoPE positions (3, T) of a sample, by the model's own rule."""
-        grids_of = {
-            kind: torch.tensor([grid for grid, k in zip(grids, media_types) if k == kind])
-            for kind in set(media_types)
-        }
-        position_ids, _ = self.get_rope_index(
-            input_ids[None],
-            self.token_types(input_ids)[None],
-            image_grid_thw=grids_of.get("image"),
-            video_grid_thw=grids_of.get("video"),
-        )
-        return position_ids[:, 0]
-
-    def dummy(self) -> Sample:
-        """Return the smallest black picture as a sample that trains nothing.
-
-        It stands in every micro-batch, so that every parameter takes part in every forward pass:
-        the gradients that it adds are exactly zero.
-        """
-        grid = self.policy.dummy_grid
-        input_ids = torch.full((self.num_dummy_tokens,), self.image_token_id)
-        patches = torch.zeros((grid[0] * grid[1] * grid[2], self.policy.patch_dim))
-        return Sample(
-            input_ids,
-            torch.full_like(input_ids, IGNORE),
-            self.positions(input_ids, [grid], ["image"]),
-            patches.to(torch.uint8),
-            [grid],
-            ["image"],
-        )
-
-    def _at_media(self, function, i: int, item: dict):
-        path = item[item["type"]]
-        try:
-            return function(item, self.policy)
-        except Exception as error:  # whatever a decoder throws: say which file it was
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(
-                f"message {i}: {path}: cannot be read as {item['type']}: {reason}"
-            ) from error

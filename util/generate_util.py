@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from util.config import Config, UserError
-from util.data_util import Sample, SampleEncoder, load_records, media_of, parse_conversation
+from util.data_util import Records, media_of, parse_conversation, text_of
 from util.model_util import (
     InputBuilder,
     build_encoder,
@@ -20,6 +20,7 @@ from util.model_util import (
     load_model,
     load_processor,
 )
+from util.sample_util import Sample, SampleEncoder
 
 logger = logging.getLogger("finetune")
 
@@ -66,16 +67,14 @@ def run_config(run: Path | None) -> Config:
 
 def load_prompts(path: str) -> list[Prompt]:
     """Read prompts in the format of the training data; a last assistant turn is the reference."""
-    prompts = []
-    for i, record in enumerate(load_records(path)):
+    prompts, records = [], Records([path])
+    for i in range(len(records)):
         try:
-            messages = parse_conversation(record)
+            messages = parse_conversation(records[i])
         except ValueError as error:
-            raise UserError(f"{path}: sample {i}: {error}") from error
-        reference = None
-        if messages[-1]["role"] == "assistant":
-            reference = messages.pop()["content"]
-        prompts.append(Prompt(str(record.get("id", i)), messages, reference))
+            raise UserError(f"{records.where(i)}: {error}") from error
+        reference = text_of(messages.pop()) if messages[-1]["role"] == "assistant" else None
+        prompts.append(Prompt(str(records[i].get("id", i)), messages, reference))
     return prompts
 
 
@@ -85,7 +84,7 @@ def answer_prompts(name: str, config: Config, arguments: argparse.Namespace) -> 
     prompts = load_prompts(arguments.prompts)
     folder = find_model(name)
     processor = load_processor(folder, config)
-    encoder = build_encoder(folder, processor, config, arguments.prompts)
+    encoder = build_encoder(folder, processor, config)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     is_flash = choose_attention(device, "bf16") == "flash_attention_2"
     attention = "flash_attention_2" if is_flash else "sdpa"
@@ -96,14 +95,14 @@ def answer_prompts(name: str, config: Config, arguments: argparse.Namespace) -> 
         f"video frames up to {config.video_max_pixels} at {config.video_fps:g} a second\n"
     )
 
-    num_equal = 0
+    num_equal, prompts_folder = 0, Path(arguments.prompts).parent
     for start in range(0, len(prompts), arguments.batch_size):
         chosen = prompts[start : start + arguments.batch_size]
         started = time.perf_counter()
         samples = []
         for prompt in chosen:
             try:
-                samples.append(encoder.encode_prompt(prompt.messages))
+                samples.append(encoder.encode_prompt(prompt.messages, prompts_folder))
             except ValueError as error:
                 raise UserError(f"{arguments.prompts}: {prompt.id}: {error}") from error
         answers = generate(model, encoder, build_inputs, samples, arguments.max_new_tokens)
@@ -168,10 +167,7 @@ def print_answer(prompt: Prompt, answer: str) -> None:
     print(f"=== {prompt.id}")
     for message in prompt.messages:
         media = [f"[{item['type']} {item[item['type']]}] " for _, item in media_of([message])]
-        content = message["content"]
-        if not isinstance(content, str):
-            content = "".join(item["text"] for item in content if item["type"] == "text")
-        print(f"{message['role']}: {''.join(media)}{content}")
+        print(f"{message['role']}: {''.join(media)}{text_of(message)}")
     print(f"answer: {answer}")
     if prompt.reference is not None:
         print(f"reference: {prompt.reference}")

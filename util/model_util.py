@@ -15,8 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers.utils import is_flash_attn_2_available
 
 from util.config import Config, UserError
-from util.data_util import SampleEncoder
 from util.plan_util import MicroBatch
+from util.sample_util import SampleEncoder
 from util.tiny_model import cached_tiny_model
 from util.vision_util import MAX_VIDEO_TOKENS, PixelPolicy
 
@@ -180,18 +180,15 @@ def pixel_policy(processor, config: Config) -> PixelPolicy:
     )
 
 
-def build_encoder(folder: str, processor, config: Config, data_path: str) -> SampleEncoder:
-    """Return the encoder of the conversations in the file `data_path` for a model folder."""
+def build_encoder(folder: str, processor, config: Config) -> SampleEncoder:
+    """Return what turns conversations into samples for the model in `folder`."""
     # The positions need the model's config but none of its weights.
     with torch.device("meta"):
         skeleton = transformers.AutoModelForImageTextToText.from_config(
             transformers.AutoConfig.from_pretrained(folder)
         )
     policy = pixel_policy(processor, config)
-    data_dir = Path(data_path).parent
-    return SampleEncoder(
-        processor, skeleton.model.get_rope_index, policy, config.supervise, data_dir
-    )
+    return SampleEncoder(processor, skeleton.model.get_rope_index, policy, config.supervise)
 
 
 def load_model(folder: str, attention: str, device: torch.device, dtype=torch.float32):

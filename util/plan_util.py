@@ -10,7 +10,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from tqdm import tqdm
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
 from util.config import UserError
-from util.data_util import IGNORE, Sample, SampleEncoder
+from util.data_util import Records
+from util.sample_util import IGNORE, Sample, SampleEncoder
 
 REPO_DIR = Path(__file__).resolve().parent.parent
 CACHE_DIR = REPO_DIR / ".cache"
@@ -53,42 +54,48 @@ class Index:
         )
 
 
-def build_index(path: str, records: list, encoder: SampleEncoder) -> tuple[Index, list[str]]:
+def build_index(records: Records, encoder: SampleEncoder) -> tuple[Index, list[str]]:
     """Measure every sample, in parallel, and return the index and a list of problems.
 
-    The index of data without problems is kept on disk, under a key of everything that it
-    depends on except the media files themselves: a sample whose media have changed since is
-    refused when it is read.
+    The index is kept on disk, under a key of everything that it depends on except the media files
+    themselves: a sample whose media have changed since is refused when it is read. Samples with
+    a problem are measured again every time. Their entries are 0.
     """
-    cache_file = CACHE_DIR / f"index-{_index_key(path, encoder)}.npz"
+    cache_file = CACHE_DIR / f"index-{_index_key(records, encoder)}.npy"
     if cache_file.is_file():
-        with np.load(cache_file) as arrays:
-            return Index(**arrays), []
-    rows, problems = [], []
-    if len(records) < MIN_SAMPLES_FOR_PROCESSES:
-        pool, measured = nullcontext(), (_measure(encoder, record) for record in records)
+        rows = np.load(cache_file)
+    else:
+        rows = np.zeros((len(records), 4), dtype=np.int32)
+    problems = []
+    missing = np.flatnonzero(rows[:, 0] == 0)
+    for i, row in _measure_all(missing, records, encoder):
+        if isinstance(row, str):
+            problems.append(f"{records.where(i)}: {row}")
+        else:
+            rows[i] = row
+    if len(missing) > len(problems):
+        CACHE_DIR.mkdir(exist_ok=True)
+        partial = cache_file.with_suffix(f".{os.getpid()}.npy")
+        np.save(partial, rows)
+        os.replace(partial, cache_file)
+    return Index(*rows.T), problems
+
+
+def _measure_all(numbers: np.ndarray, records: Records, encoder: SampleEncoder) -> Iterator:
+    """Yield (sample number, measures or problem) in order, with a progress bar."""
+    if len(numbers) < MIN_SAMPLES_FOR_PROCESSES:
+        pool, measured = nullcontext(), (_measure(encoder, records, int(i)) for i in numbers)
     else:
         pool = get_context("fork").Pool(os.cpu_count(), _start_measuring, (encoder, records))
-        measured = pool.imap(_measure_number, range(len(records)), chunksize=32)
+        measured = pool.imap(_measure_number, map(int, numbers), chunksize=64)
     with pool:
-        bar = tqdm(measured, "index", len(records), leave=False, disable=None, unit="sample")
-        for i, row in enumerate(bar):
-            if isinstance(row, str):
-                problems.append(f"{path}: sample {i}: {row}")
-                row = (0, 0, 0, 0)
-            rows.append(row)
-    index = Index(*np.array(rows, dtype=np.int32).T)
-    if not problems:
-        CACHE_DIR.mkdir(exist_ok=True)
-        partial = cache_file.with_suffix(f".{os.getpid()}.npz")
-        np.savez(partial, **asdict(index))
-        os.replace(partial, cache_file)
-    return index, problems
+        bar = tqdm(measured, "index", len(numbers), leave=False, disable=None, unit=" samples")
+        yield from zip(map(int, numbers), bar)
 
 
-def _measure(encoder: SampleEncoder, record) -> tuple | str:
+def _measure(encoder: SampleEncoder, records: Records, i: int) -> tuple | str:
     try:
-        return encoder.measure(record)
+        return encoder.measure(records[i], records.folder(i))
     except ValueError as error:
         return str(error)
 
@@ -99,33 +106,38 @@ _measuring = None  # (encoder, records), set once in each process of the pool
 def _start_measuring(*encoder_and_records) -> None:
     global _measuring
     torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _measuring = encoder_and_records
 
 
 def _measure_number(i: int) -> tuple | str:
-    encoder, records = _measuring
-    return _measure(encoder, records[i])
+    return _measure(*_measuring, i)
 
 
-def _index_key(path: str, encoder: SampleEncoder) -> str:
+def _index_key(records: Records, encoder: SampleEncoder) -> str:
     key = hashlib.sha256()
-    code = [REPO_DIR / "util" / name for name in ("data_util.py", "vision_util.py", "plan_util.py")]
-    for source in (Path(path), *code):
-        key.update(source.read_bytes())
+    names = ("data_util.py", "sample_util.py", "vision_util.py", "plan_util.py")
+    paths = [REPO_DIR / "util" / name for name in names] + [file.path for file in records.files]
+    for path in paths:
+        with open(path, "rb") as file:
+            key.update(hashlib.file_digest(file, "sha256").digest())
     key.update(encoder.tokenizer.backend_tokenizer.to_str().encode())
-    settings = (encoder.chat_template, encoder.policy, encoder.supervise, Path(path).absolute())
-    key.update(repr((*settings, os.getcwd())).encode())
+    folders = [os.path.abspath(file.path) for file in records.files]
+    settings = (encoder.chat_template, encoder.policy, encoder.supervise, folders, os.getcwd())
+    key.update(repr(settings).encode())
     return key.hexdigest()[:20]
 
 
-def check_lengths(path: str, index: Index, max_tokens: int, encoder) -> list[str]:
+def check_lengths(records: Records, index: Index, max_tokens: int, encoder) -> list[str]:
     """Return a problem for every sample that does not fit into one forward pass."""
+    capacity = max_tokens - encoder.num_dummy_tokens
     return [
-        f"{path}: sample {i} has {index.num_tokens[i]} tokens ({index.num_image_tokens[i]} of "
+        f"{records.where(i)}: has {index.num_tokens[i]} tokens ({index.num_image_tokens[i]} of "
         f"images, {index.num_video_tokens[i]} of videos), and with the dummy segment of "
         f"{encoder.num_dummy_tokens} that is more than --max_tokens {max_tokens}: raise it, lower "
         "--max_pixels, --video_fps, --video_max_frames or --video_max_pixels, or shorten the sample"
-        for i in np.flatnonzero(index.num_tokens > max_tokens - encoder.num_dummy_tokens)
+        for i in np.flatnonzero(index.num_tokens > capacity).tolist()
     ]
 
 
@@ -154,16 +166,25 @@ class Step:
 class Plan:
     """Lays out the whole run: a pure function of the index, the flags and the number of ranks.
 
-    An epoch is one permutation of all samples, given by (seed, epoch), cut into steps of
+    An epoch is one permutation of its samples, given by (seed, epoch), cut into steps of
     `batch_size`; its last step may be shorter. `capacity` is the tokens of samples that fit into
-    one micro-batch: --max_tokens less the dummy segment.
+    one micro-batch: --max_tokens less the dummy segment; longer samples and those of no tokens
+    are left out. `groups` are (first, last, rate): of each data file an epoch takes `rate` times
+    its number of samples, others in every epoch.
     """
 
-    def __init__(self, index: Index, batch_size: int, capacity: int, seed: int, world_size: int):
+    def __init__(self, index, batch_size, capacity, seed, world_size, groups=None):
         self.index, self.batch_size, self.capacity = index, batch_size, capacity
         self.seed, self.world_size = seed, world_size
-        self.num_steps_per_epoch = -(-len(index) // batch_size)
-        self._permutation = (None, None)
+        usable = (index.num_tokens > 0) & (index.num_tokens <= capacity)
+        # For each data file: its usable samples, and how many of them an epoch takes.
+        self.groups = []
+        for first, last, rate in groups or [(0, len(index), 1.0)]:
+            numbers = first + np.flatnonzero(usable[first:last])
+            self.groups.append((numbers, round(rate * len(numbers))))
+        self.num_samples_per_epoch = sum(count for _, count in self.groups)
+        self.num_steps_per_epoch = -(-self.num_samples_per_epoch // batch_size)
+        self._order = (None, None)
 
     def step(self, global_step: int) -> Step:
         """Return step number `global_step`, counted from 0 over all epochs."""
@@ -183,10 +204,15 @@ class Plan:
         return (self.step(i) for i in range(first, last))
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
-        if self._permutation[0] != epoch:
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.index))
-            self._permutation = (epoch, order)
-        return self._permutation[1]
+        if self._order[0] != epoch:
+            generator = np.random.default_rng((self.seed, epoch))
+            chosen = []
+            for numbers, count in self.groups:
+                rounds = -(-count // len(numbers)) if count else 0
+                drawn = [generator.permutation(numbers) for _ in range(rounds)]
+                chosen.append(np.concatenate([numbers[:0], *drawn])[:count])
+            self._order = (epoch, generator.permutation(np.concatenate(chosen)))
+        return self._order[1]
 
     def _deal(self, samples: list[int]) -> list[list[list[int]]]:
         """Give every rank about as many tokens, and the same number of micro-batches."""
@@ -231,7 +257,7 @@ class MicroBatch:
     uint8; vision_position_ids (num_patches, 2) int64; supervised_positions (K,) int64: where
     logits are needed; targets (K,) int64: the tokens that follow there; cu_seqlens and
     vision_cu_seqlens int32: where segments begin and end. image_grid_thw (num_media, 3) int64
-    stays on the CPU, as the model reads it there.
+    stays on the CPU, as the model reads it there. problems: messages of samples left out.
     """
 
     input_ids: torch.Tensor
@@ -243,10 +269,12 @@ class MicroBatch:
     targets: torch.Tensor
     cu_seqlens: torch.Tensor
     vision_cu_seqlens: torch.Tensor
+    problems: list[str] = field(default_factory=list)
 
     def pin_memory(self) -> "MicroBatch":
         """Return a copy in page-locked memory; the DataLoader calls it."""
-        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "problems"}
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items()})
 
 
 def pack(samples: list[Sample], encoder: SampleEncoder) -> MicroBatch:
@@ -281,37 +309,44 @@ def pack(samples: list[Sample], encoder: SampleEncoder) -> MicroBatch:
 class SampleDataset(Dataset):
     """Sample number -> Sample, or the error message where it cannot be had."""
 
-    def __init__(self, path: str, records: list, index: Index, encoder: SampleEncoder):
-        self.path, self.records, self.index, self.encoder = path, records, index, encoder
+    def __init__(self, records: Records, index: Index, encoder: SampleEncoder):
+        self.records, self.index, self.encoder = records, index, encoder
 
     def __len__(self):
         return len(self.records)
 
     def __getitem__(self, i: int) -> Sample | str:
         try:
-            sample = self.encoder.encode(self.records[i])
+            sample = self.encoder.encode(self.records[i], self.records.folder(i))
         except ValueError as error:
-            return f"{self.path}: sample {i}: {error}"
+            return f"{self.records.where(i)}: {error}"
         if len(sample.input_ids) != self.index.num_tokens[i]:
             return (
-                f"{self.path}: sample {i} now has {len(sample.input_ids)} tokens, but "
+                f"{self.records.where(i)}: has {len(sample.input_ids)} tokens now, but "
                 f"{self.index.num_tokens[i]} when it was indexed: its media have changed. Delete "
-                f"{CACHE_DIR}/index-*.npz and start again"
+                f"{CACHE_DIR}/index-*.npy and start again"
             )
         return sample
 
-    def collate(self, samples: list[Sample | str]) -> MicroBatch | str:
-        """Pack samples, or pass on the first error message among them."""
-        errors = [sample for sample in samples if isinstance(sample, str)]
-        return errors[0] if errors else pack(samples, self.encoder)
+    def collate(self, samples: list[Sample | str]) -> MicroBatch:
+        """Pack the samples that could be read; the messages of the others go along."""
+        micro_batch = pack([s for s in samples if not isinstance(s, str)], self.encoder)
+        micro_batch.problems = [s for s in samples if isinstance(s, str)]
+        return micro_batch
 
 
 def load_micro_batches(
-    dataset: SampleDataset, steps: Iterator[Step], rank: int, num_workers: int, pin_memory: bool
+    dataset: SampleDataset,
+    steps: Iterator[Step],
+    rank: int,
+    num_workers: int,
+    pin_memory: bool,
+    skip_bad_samples: bool = False,
 ) -> Iterator[MicroBatch]:
     """Yield the micro-batches of `steps` for one rank, read ahead by worker processes.
 
-    Raises UserError with the message of the first sample that cannot be read.
+    Raises UserError with the message of the first sample that cannot be read, or, with
+    `skip_bad_samples`, leaves it out and its message in `problems`.
     """
     loader = DataLoader(
         dataset,
@@ -322,8 +357,8 @@ def load_micro_batches(
         pin_memory=pin_memory,
     )
     for micro_batch in loader:
-        if isinstance(micro_batch, str):
-            raise UserError(micro_batch)
+        if micro_batch.problems and not skip_bad_samples:
+            raise UserError(micro_batch.problems[0])
         yield micro_batch
 
 

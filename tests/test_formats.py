@@ -1,0 +1,246 @@
+"""The three formats of conversations, JSON and JSONL, several files and their rates."""
+
+import json
+import resource
+
+import numpy as np
+import pytest
+from conftest import assistant, encoder_for, image, make_image, set_up, text, tiny_config, user
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from util import plan_util
+from util.config import UserError
+from util.data_util import Records, parse_conversation
+from util.plan_util import Index, Plan, build_index
+
+EXPECTED = [
+    {"role": "system", "content": "Be brief."},
+    user(image("a.png"), text("What is "), image("b.png"), text("this?")),
+    assistant("A cat."),
+]
+
+
+def test_the_three_formats_give_the_same_conversation():
+    tagged = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "<image>\nWhat is <image>this?"},
+        {"role": "assistant", "content": "A cat."},
+    ]
+    turns = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "<image>\nWhat is <image>this?"},
+        {"from": "gpt", "value": "A cat."},
+    ]
+    for record in (
+        {"messages": EXPECTED},
+        {"messages": tagged, "images": ["a.png", "b.png"], "videos": None},
+        {"conversations": turns, "image": ["a.png", "b.png"]},
+        {"conversations": turns, "images": [{"image": "a.png"}, "b.png"], "id": 7},
+    ):
+        assert parse_conversation(record) == EXPECTED
+
+
+def test_a_single_video_as_llava_writes_it():
+    turns = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "Rain."}]
+    messages = parse_conversation({"conversations": turns, "video": "a.mp4", "image": None})
+    assert messages[0]["content"] == [{"type": "video", "video": "a.mp4"}, text("What?")]
+
+
+def test_tags_are_text_where_content_is_typed():
+    assert parse_conversation({"messages": [user(text("what is <image>?"))]}) == [
+        user(text("what is <image>?"))
+    ]
+
+
+@pytest.mark.parametrize(
+    "record, words",
+    [
+        ({"messages": [user("<image> a")], "images": []}, "1 <image> tags.*lists 0 images"),
+        ({"messages": [user("a")], "images": ["a.png"]}, "0 <image> tags.*lists 1 images"),
+        ({"messages": [user("<image><video>")], "image": "a"}, "1 <video> tags.*0 videos"),
+        ({"conversations": [{"from": "bot", "value": "a"}]}, "message 0: unknown speaker 'bot'"),
+        ({"conversations": [{"from": "gpt", "value": None}]}, "message 0: content must be"),
+        ({"conversations": ["a"]}, "message 0: must be an object with from and value"),
+        ({"conversations": []}, "empty"),
+        ({"text": "a"}, '"messages" or "conversations"'),
+        (
+            {"messages": [user("<image>")], "image": {"path": "a"}},
+            "message 0: an item of type image",
+        ),
+    ],
+)
+def test_records_that_are_wrong(record, words):
+    with pytest.raises(ValueError, match=words):
+        parse_conversation(record)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["messages", "conversations", "role", "content", "from", "value", "type", "text"]
+                + ["image", "video", "images", "videos"]
+            ),
+            inner
+            | st.sampled_from(["user", "assistant", "human", "gpt", "<image>", "image", "text"]),
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(json_values)
+def test_any_json_gives_messages_or_a_value_error(value):
+    try:
+        messages = parse_conversation(value)
+    except ValueError as error:
+        assert str(error)
+    else:
+        assert messages and all(set(message) == {"role", "content"} for message in messages)
+
+
+def write_jsonl(path, conversations, ending="\n"):
+    lines = [json.dumps({"messages": messages}, ensure_ascii=False) for messages in conversations]
+    path.write_text(ending.join(lines), encoding="utf-8", newline="")
+    return str(path)
+
+
+def test_jsonl_with_blank_lines_crlf_and_no_last_line_break(tmp_path):
+    conversations = [[user(f"你好 {i}"), assistant("x")] for i in range(5)]
+    records = Records([write_jsonl(tmp_path / "a.jsonl", conversations, "\r\n\r\n \n")])
+    assert [records[i]["messages"] for i in range(len(records))] == conversations
+    assert records.where(1) == f"{tmp_path}/a.jsonl: line 4"
+
+
+def test_a_bad_line_is_named(tmp_path, tiny_folder):
+    path = tmp_path / "a.jsonl"
+    good = json.dumps({"messages": [user("a"), assistant("b")]})
+    path.write_text(f'{good}\n{{"messages": [}}\n{good}\n{{"x": 1}}\n')
+    _, problems = build_index(Records([str(path)]), encoder_for(tiny_folder))
+    assert len(problems) == 2
+    assert "a.jsonl: line 2: not valid JSON at column 15" in problems[0]
+    assert "a.jsonl: line 4" in problems[1]
+
+
+def test_files_that_cannot_be_used(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "blank.jsonl").write_text("\n \n\n")
+    (tmp_path / "lines.json").write_text('{"a": 1}\n{"a": 2}\n')
+    for name, words in (
+        ("none.jsonl", "No such file"),
+        ("empty.jsonl", "is empty"),
+        ("blank.jsonl", "no records"),
+        ("lines.json", "line 2.*must end in .jsonl"),
+        ("lines.json:0", "sampling rate"),
+    ):
+        with pytest.raises(UserError, match=words):
+            Records([str(tmp_path / name)])
+
+
+def test_several_files_each_with_its_folder(tmp_path, tiny_folder):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        make_image(tmp_path / name / "p.png", 60, 60 if name == "one" else 200)
+    conversation = [user(image("p.png")), assistant("x")]
+    first = write_jsonl(tmp_path / "one" / "a.jsonl", [conversation] * 2)
+    second = tmp_path / "two" / "b.json"
+    second.write_text(json.dumps([{"messages": conversation}]))
+    records = Records([first, f"{second}:0.5"])
+    index, problems = build_index(records, encoder_for(tiny_folder))
+    assert not problems and len(index) == 3
+    assert index.num_image_tokens[2] > index.num_image_tokens[1]
+    assert records.groups() == [(0, 2, 1.0), (2, 3, 0.5)]
+    assert records.where(2) == f"{second}: sample 0"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.sampled_from([0.1, 0.5, 1.0, 2.0, 2.5])), min_size=1),
+    st.integers(1, 7),
+)
+def test_an_epoch_takes_each_file_at_its_rate(files, batch_size):
+    sizes = np.cumsum([0] + [size for size, _ in files])
+    groups = [(int(a), int(b), rate) for a, b, (_, rate) in zip(sizes, sizes[1:], files)]
+    lengths = np.full(sizes[-1], 10, dtype=np.int32)
+    plan = Plan(Index(lengths, lengths, lengths, lengths), batch_size, 1000, 0, 1, groups)
+    seen = [i for step in plan.steps(0, plan.num_steps_per_epoch) for i in step.samples]
+    for first, last, rate in groups:
+        counts = np.bincount(seen, minlength=sizes[-1])[first:last] if seen else [0]
+        assert sum(counts) == round(rate * (last - first))
+        assert max(counts) - min(counts) <= 1
+
+
+def test_the_index_is_kept_and_made_anew_when_something_changes(tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.setattr(plan_util, "CACHE_DIR", tmp_path / "cache")
+    measured = []
+    measure = plan_util._measure
+    monkeypatch.setattr(
+        plan_util, "_measure", lambda *args: measured.append(args[-1]) or measure(*args)
+    )
+
+    def count(conversations, **flags):
+        measured.clear()
+        path = write_jsonl(tmp_path / "a.jsonl", conversations)
+        build_index(Records([path]), encoder_for(tiny_folder, **flags))
+        return len(measured)
+
+    data = [[user("Hi"), assistant(f"{i}")] for i in range(5)]
+    assert (count(data), count(data)) == (5, 0)
+    assert (count(data, max_pixels=78400), count(data, max_pixels=78400)) == (5, 0)
+    assert count(data, supervise="all") == 5
+    data[3] = [user("Ho"), assistant("3")]
+    assert (count(data), count(data)) == (5, 0)
+    data.append([user("no answer")])  # what is wrong may have been put right: look again
+    assert (count(data), count(data)) == (6, 1)
+
+
+def test_many_samples_are_measured_by_several_processes(tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.setattr(plan_util, "CACHE_DIR", tmp_path)
+    data = [[user("word " * (i % 9)), assistant("x" * (i % 5))] for i in range(700)]
+    data[300] = [user("no answer")]
+    records = Records([write_jsonl(tmp_path / "a.jsonl", data)])
+    index, problems = build_index(records, encoder_for(tiny_folder))
+    assert len(problems) == 1 and "line 301" in problems[0]
+    encoder = encoder_for(tiny_folder)
+    for i in (0, 7, 299, 301, 699):
+        assert index.num_tokens[i] == encoder.measure(records[i])[0]
+    assert index.num_tokens[300] == 0
+
+
+def test_bad_samples_can_be_left_out(tmp_path, tiny_folder):
+    good = make_image(tmp_path / "good.png", 90, 90)
+    cut = make_image(tmp_path / "cut.png", 300, 300)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
+    data = [[user(image(good)), assistant("x")] for _ in range(5)]
+    data[1] = [user(image(cut)), assistant("y")]  # only decoding finds it
+    run = set_up(
+        tiny_config(train_data=[write_jsonl(tmp_path / "a.jsonl", data)], batch_size=5), tiny_folder
+    )
+    steps = list(run.plan.steps(0, 1))
+    batches = list(
+        plan_util.load_micro_batches(run.dataset, steps, 0, 1, False, skip_bad_samples=True)
+    )
+    assert len(batches) == 1 and len(batches[0].cu_seqlens) == 1 + 4 + 1
+    assert "line 2: message 0" in batches[0].problems[0] and "cut.png" in batches[0].problems[0]
+    with pytest.raises(UserError, match="line 2"):
+        list(plan_util.load_micro_batches(run.dataset, steps, 0, 0, False))
+
+
+@pytest.mark.slow
+def test_a_million_lines_open_in_seconds_and_little_memory(tmp_path):
+    """The file, not the index: measuring a million samples takes many minutes."""
+    line = json.dumps({"messages": [user("What is it? " * 10), assistant("A cat. " * 10)]}) + "\n"
+    path = tmp_path / "a.jsonl"
+    with path.open("w") as file:
+        for _ in range(100):
+            file.write(line * 10_000)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    records = Records([str(path)])
+    assert len(records) == 1_000_000 and records[999_999]["messages"]
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5

@@ -1,0 +1,230 @@
+"""From a conversation to a sample: token ids, labels, patches, positions.
+
+Everything that is wrong raises ValueError, naming the message and the file in it.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from util.data_util import media_of, parse_conversation, text_of
+from util.vision_util import PixelPolicy, check_local_file, load_media, probe_media
+
+IGNORE = -100  # label of a token that is not trained
+CONTROL_TOKEN = re.compile(r"<\|(im_.*|vision_.*|.*_pad|endoftext)\|>")
+
+
+@dataclass
+class Sample:
+    """One conversation, ready to be packed. All tensors are on the CPU.
+
+    input_ids (T,) int64; labels (T,) int64, unshifted, -100 where not trained; position_ids
+    (3, T) int64, M-RoPE; patches (num_patches, patch_dim) uint8; grids and media_types: one
+    (t, h, w) and one "image" or "video" for each picture or clip, in order.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    patches: torch.Tensor
+    grids: list[tuple[int, int, int]]
+    media_types: list[str]
+
+
+class SampleEncoder:
+    """Turns conversations into samples, with the tokenizer and chat template of the model.
+
+    `get_rope_index` is the method of that name of the model class; it only needs the config, so
+    a model on the meta device serves. `folder`, in its methods, is where media paths are looked
+    for after the current folder: that of the data file.
+    """
+
+    def __init__(self, processor, get_rope_index, policy: PixelPolicy, supervise: str):
+        self.tokenizer = processor.tokenizer
+        self.chat_template = processor.chat_template or self.tokenizer.chat_template
+        self.get_rope_index = get_rope_index
+        self.policy = policy
+        self.supervise = supervise
+        self.image_token_id = processor.image_token_id
+        self.video_token_id = processor.video_token_id
+        ends = self.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>"])
+        self.media_token_ids = {self.image_token_id, self.video_token_id, *ends}
+        self.end_of_turn = "<|im_end|>"
+        self.control_tokens = [
+            token for token in self.tokenizer.get_added_vocab() if CONTROL_TOKEN.fullmatch(token)
+        ]
+
+    @property
+    def num_dummy_tokens(self) -> int:
+        """Tokens that the dummy segment takes of every micro-batch."""
+        return self.policy.num_tokens(self.policy.dummy_grid)
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        """Return the text of `messages` by the model's own chat template, media unexpanded."""
+        return self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    def prepare(self, record, folder: Path = Path()) -> list[dict]:
+        """Return the messages of a record, with media paths found and control tokens refused."""
+        messages = parse_conversation(record)
+        for i, message in enumerate(messages):
+            for token in self.control_tokens:
+                if token in text_of(message):
+                    raise ValueError(
+                        f"message {i}: the text contains the control token {token}: remove it; "
+                        "pictures are given as items of their own"
+                    )
+        for i, item in media_of(messages):
+            try:
+                item[item["type"]] = find_file(item[item["type"]], folder)
+            except (ValueError, OSError) as error:
+                raise ValueError(f"message {i}: {error}") from error
+        return messages
+
+    def segments(self, messages: list[dict]) -> list[tuple[str, bool]]:
+        """Split the rendered conversation into (text, is trained) pieces.
+
+        Each piece is tokenized by itself. An answer therefore begins with the tokens that
+        generation begins with, after a prompt that ends with the generation header; tokenized in
+        one go, "assistant\\n" and an answer's leading newline become one token.
+        """
+        text = self.render(messages)
+        if self.supervise == "all":
+            return [(text, True)]
+        pieces, done = [], 0
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self.render(messages[:i], add_generation_prompt=True)
+            turn = self.render(messages[: i + 1])
+            end = turn.rfind(self.end_of_turn) + len(self.end_of_turn)
+            if not (text.startswith(turn) and turn.startswith(prompt) and end > len(prompt)):
+                raise ValueError(
+                    f"message {i}: the model's chat template changes earlier turns when later ones "
+                    "follow, so its answers cannot be told from its prompts"
+                )
+            pieces += [(text[done : len(prompt)], False), (text[len(prompt) : end], True)]
+            done = end
+        if not pieces:
+            raise ValueError(
+                "no assistant message, so there is nothing to train: add one, or use "
+                "--supervise all"
+            )
+        return [*pieces, (text[done:], False)]
+
+    def tokenize(self, pieces: list[tuple[str, bool]], grids: list) -> tuple[list, list]:
+        """Return input_ids and labels of `pieces`, with a placeholder for every media token."""
+        input_ids, labels, grids = [], [], iter(grids)
+        for text, is_trained in pieces:
+            for token in self.tokenizer(text, add_special_tokens=False).input_ids:
+                repeats = 1
+                if token in (self.image_token_id, self.video_token_id):
+                    repeats = self.policy.num_tokens(next(grids))
+                trained = is_trained and token not in self.media_token_ids
+                input_ids += [token] * repeats
+                labels += [token if trained else IGNORE] * repeats
+        # The first token of a sample would be predicted from the sample packed before it.
+        labels[0] = IGNORE
+        return input_ids, labels
+
+    def measure(self, record, folder: Path = Path()) -> tuple[int, int, int, int]:
+        """Return the numbers of tokens of a record: all, supervised, of images, of videos.
+
+        Only headers of media are read. Raises ValueError where the record cannot be trained on.
+        """
+        messages = self.prepare(record, folder)
+        grids = [self._at_media(probe_media, i, item) for i, item in media_of(messages)]
+        input_ids, labels = self.tokenize(self.segments(messages), grids)
+        num_supervised = len(labels) - labels.count(IGNORE)
+        if num_supervised == 0:
+            raise ValueError("nothing to train: no text is supervised")
+        images, videos = (input_ids.count(t) for t in (self.image_token_id, self.video_token_id))
+        return len(input_ids), num_supervised, images, videos
+
+    def encode(self, record, folder: Path = Path()) -> Sample:
+        """Return the sample of a record, with all its media decoded."""
+        messages = self.prepare(record, folder)
+        return self._sample(messages, self.segments(messages))
+
+    def encode_prompt(self, messages: list[dict], folder: Path = Path()) -> Sample:
+        """Return the sample of `messages` up to and with the generation header, without labels."""
+        messages = self.prepare({"messages": messages}, folder)
+        return self._sample(messages, [(self.render(messages, True), False)])
+
+    def _sample(self, messages: list[dict], pieces: list[tuple[str, bool]]) -> Sample:
+        items = list(media_of(messages))
+        media_types = [item["type"] for _, item in items]
+        media = [self._at_media(load_media, i, item) for i, item in items]
+        grids = [grid for _, grid in media]
+        input_ids, labels = (torch.tensor(ids) for ids in self.tokenize(pieces, grids))
+        position_ids = self.positions(input_ids, grids, media_types)
+        no_patches = torch.empty((0, self.policy.patch_dim), dtype=torch.uint8)
+        patches = torch.cat([no_patches, *(patches for patches, _ in media)])
+        return Sample(input_ids, labels, position_ids, patches, grids, media_types)
+
+    def token_types(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return 1 for tokens of images, 2 for tokens of videos, else 0, as int64."""
+        is_image, is_video = input_ids == self.image_token_id, input_ids == self.video_token_id
+        return is_image.long() + 2 * is_video.long()
+
+    def positions(self, input_ids: torch.Tensor, grids: list, media_types: list) -> torch.Tensor:
+        """Return the M-RoPE positions (3, T) of a sample, by the model's own rule."""
+        grids_of = {
+            kind: torch.tensor([grid for grid, k in zip(grids, media_types) if k == kind])
+            for kind in set(media_types)
+        }
+        position_ids, _ = self.get_rope_index(
+            input_ids[None],
+            self.token_types(input_ids)[None],
+            image_grid_thw=grids_of.get("image"),
+            video_grid_thw=grids_of.get("video"),
+        )
+        return position_ids[:, 0]
+
+    def dummy(self) -> Sample:
+        """Return the smallest black picture as a sample that trains nothing.
+
+        It stands in every micro-batch, so that every parameter takes part in every forward pass:
+        the gradients that it adds are exactly zero.
+        """
+        grid = self.policy.dummy_grid
+        input_ids = torch.full((self.num_dummy_tokens,), self.image_token_id)
+        patches = torch.zeros((grid[0] * grid[1] * grid[2], self.policy.patch_dim))
+        return Sample(
+            input_ids,
+            torch.full_like(input_ids, IGNORE),
+            self.positions(input_ids, [grid], ["image"]),
+            patches.to(torch.uint8),
+            [grid],
+            ["image"],
+        )
+
+    def _at_media(self, function, i: int, item: dict):
+        path = item[item["type"]]
+        try:
+            return function(item, self.policy)
+        except Exception as error:  # whatever a decoder throws: say which file it was
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"message {i}: {path}: cannot be read as {item['type']}: {reason}"
+            ) from error
+
+
+def find_file(path: str, folder: Path) -> str:
+    """Return where a media path of a data file is: in the current folder, else in `folder`."""
+    path = path.removeprefix("file://")
+    for candidate in dict.fromkeys((Path(path), folder / path)):
+        if os.path.lexists(candidate):
+            try:
+                check_local_file(str(candidate))
+            except ValueError as error:
+                raise ValueError(f"{candidate}: {error}") from error
+            return str(candidate)
+    raise ValueError(f"no such file: {Path(path).absolute()} nor {folder / path}")
