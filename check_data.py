@@ -3,22 +3,25 @@
     python check_data.py --train_data train_data/data.json
     python check_data.py --train_data train_data/data.json --show 3
 
-Takes all flags of finetune.py: those on tokens and pixels decide what fits.
+Exit code 1 when something is wrong. Takes all flags of finetune.py: those on tokens and pixels
+decide what fits.
 """
 
+import hashlib
 import json
 
+import numpy as np
 import torch
 
-from util.config import UserError, fill_defaults, parse_config, run_main
-from util.data_util import Records
+from util.config import Config, UserError, fill_defaults, parse_config, run_main
+from util.data_util import Records, parse_conversation
 from util.model_util import build_encoder, choose_device, find_model, load_processor
-from util.plan_util import build_index, check_lengths, raise_problems
-from util.sample_util import IGNORE, SampleEncoder
+from util.plan_util import Index, build_index, check_lengths, decode_all
+from util.sample_util import IGNORE, Sample, SampleEncoder
 
 
-def show_sample(encoder: SampleEncoder, records: Records, i: int) -> None:
-    """Print sample `i` as the model sees it, trained text between [[ and ]], then as JSON."""
+def show_sample(encoder: SampleEncoder, records: Records, i: int) -> Sample:
+    """Print sample `i` as the model sees it, trained text between [[ and ]], and return it."""
     if not 0 <= i < len(records):
         raise UserError(f"--show {i}: there are samples 0 to {len(records) - 1}")
     try:
@@ -37,25 +40,80 @@ def show_sample(encoder: SampleEncoder, records: Records, i: int) -> None:
         else:
             text = encoder.tokenizer.decode(ids)
             print(f"[[{text}]]" if labels[run[0]] != IGNORE else text, end="")
-    print(json.dumps({"input_ids": input_ids.tolist(), "labels": labels.tolist()}))
+    return sample
+
+
+def print_lengths(index: Index) -> None:
+    """Print a histogram of the lengths of samples, and what the tokens are."""
+    lengths = index.num_tokens[index.num_tokens > 0]
+    counts, edges = np.histogram(lengths, bins=min(10, len(np.unique(lengths))))
+    print("length in tokens")
+    for count, low, high in zip(counts, edges, edges[1:]):
+        bar = "#" * round(50 * count / counts.max())
+        print(f"  {low:8,.0f} to {high:8,.0f}  {count:9,}  {bar}")
+    total = int(lengths.sum())
+    images, videos = int(index.num_image_tokens.sum()), int(index.num_video_tokens.sum())
+    print(
+        f"tokens: {100 * (total - images - videos) / total:.1f} % text, "
+        f"{100 * images / total:.1f} % images, {100 * videos / total:.1f} % videos; "
+        f"{100 * int(index.num_supervised_tokens.sum()) / total:.1f} % are supervised"
+    )
+
+
+def print_duplicates(records: Records, most: int = 10) -> None:
+    """Print which records say the same as an earlier one."""
+    first, repeats = {}, []
+    for i in range(len(records)):
+        try:
+            messages = json.dumps(parse_conversation(records[i]), sort_keys=True)
+        except ValueError:
+            continue
+        key = hashlib.sha256(messages.encode()).digest()
+        if first.setdefault(key, i) != i:
+            repeats.append((i, first[key]))
+    print(f"duplicates: {len(repeats)}")
+    for i, earlier in repeats[:most]:
+        print(f"  {records.where(i)} repeats {records.where(earlier)}")
+
+
+def check_files(names: list[str], encoder: SampleEncoder, config: Config, decode: bool) -> int:
+    """Print all that is wrong with the data files `names`; return the number of problems."""
+    records = Records(names)
+    index, problems = build_index(records, encoder)
+    problems += check_lengths(records, index, config.max_tokens, encoder)
+    if decode:
+        problems += decode_all(records, index, encoder)
+    if index.num_tokens.any():
+        print(f"{' '.join(names)}: {index.summary()}")
+        print_lengths(index)
+    print_duplicates(records)
+    for problem in problems:
+        print(f"problem: {problem}")
+    return len(problems)
+
+
+def add_flags(parser) -> None:
+    """Add the flags that finetune.py does not have."""
+    parser.add_argument("--show", type=int, metavar="N", help="print sample N (from 0) and end")
+    parser.add_argument("--decode", action="store_true", help="decode all media, every frame used")
 
 
 def main() -> None:
-    config, extra = parse_config(
-        extra=lambda parser: parser.add_argument(
-            "--show", type=int, metavar="N", help="print sample N (from 0), trained text in [[ ]]"
-        )
-    )
+    config, extra = parse_config(extra=add_flags)
     config = fill_defaults(config, choose_device(config.device).type)
     folder = find_model(config.model_name_or_path)
     encoder = build_encoder(folder, load_processor(folder, config), config)
-    records = Records(config.train_data)
     if extra.show is not None:
-        return show_sample(encoder, records, extra.show)
-    index, problems = build_index(records, encoder)
-    problems += check_lengths(records, index, config.max_tokens, encoder)
-    raise_problems(problems, most=len(problems))
-    print(f"all good: {index.summary()}")
+        sample = show_sample(encoder, Records(config.train_data), extra.show)
+        ids = {"input_ids": sample.input_ids.tolist(), "labels": sample.labels.tolist()}
+        return print(json.dumps(ids))
+    num_problems = check_files(config.train_data, encoder, config, extra.decode)
+    if config.eval_data:
+        num_problems += check_files(config.eval_data, encoder, config, extra.decode)
+    if num_problems:
+        raise UserError(f"{num_problems} problems: mend them, or train with --on_bad_sample skip")
+    print("all good. Sample 0, what is trained in [[ ]]:")
+    show_sample(encoder, Records(config.train_data), 0)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,16 @@
 
     python finetune.py --train_data train_data/data.json --batch_size 4
 
-The whole training loop is in train(). What it stands on: util/data_util.py turns conversations
-into packed micro-batches, util/model_util.py loads the model. README.md shows the way of the data.
+The whole training loop is in train(). What it stands on: util/plan_util.py lays out the run as
+packed micro-batches, util/model_util.py loads the model. README.md shows the way of the data.
 """
 
 import logging
 import math
+import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -17,9 +19,24 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from util.checkpoint_util import (
+    EXIT_STOPPED,
+    StopSignal,
+    check_same_run,
+    find_checkpoint,
+    load_checkpoint,
+    make_output_dir,
+    rewind_files,
+    save_checkpoint,
+)
 from util.config import Config, UserError, fill_defaults, parse_config, run_main
-from util.data_util import Records
-from util.logutil import append_metrics, peak_memory_gib, plot_loss, setup_logging
+from util.logutil import (
+    MetricsFile,
+    peak_memory_gib,
+    plot_loss,
+    setup_logging,
+    untested_versions,
+)
 from util.model_util import (
     InputBuilder,
     build_encoder,
@@ -31,39 +48,43 @@ from util.model_util import (
     load_processor,
 )
 from util.optim_util import build_optimizer, learning_rate_at
-from util.plan_util import (
-    Plan,
-    SampleDataset,
-    build_index,
-    check_lengths,
-    load_micro_batches,
-    raise_problems,
-)
+from util.plan_util import PlannedData, load_micro_batches, prepare_data
 
 logger = logging.getLogger("finetune")
 
 
-def train(config: Config, model, build_inputs, dataset, plan, num_steps, device, output_dir):
-    """Train `model` in place for `num_steps` optimizer steps of `plan`."""
+def train(
+    config: Config,
+    model,
+    processor,
+    data: PlannedData,
+    eval_data: PlannedData | None,
+    num_steps: int,
+    device: torch.device,
+    checkpoint: Path | None = None,
+) -> None:
+    """Train `model` in place for `num_steps` optimizer steps, from `checkpoint` or the start."""
+    metrics_file = MetricsFile(Path(config.output_dir) / "metrics.jsonl")
+    build_inputs = InputBuilder(processor, model.config._attn_implementation, device)
+    export = partial(export_model, model, processor)
     model.train()
     optimizer = build_optimizer(model, config.weight_decay)
+    first_step = load_checkpoint(checkpoint, model, optimizer) if checkpoint else 0
     parameters = [p for p in model.parameters() if p.requires_grad]
     # fp32 weights either way; under autocast the matrix products run in bf16.
     autocast = (
         torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
     )
-    micro_batches = load_micro_batches(
-        dataset,
-        plan.steps(0, num_steps),
-        rank=0,
-        num_workers=config.num_workers,
-        pin_memory=device.type == "cuda",
-        skip_bad_samples=config.on_bad_sample == "skip",
-    )
-    progress = tqdm(total=num_steps, unit="step", dynamic_ncols=True, disable=None)
+    micro_batches = load_micro_batches(data, first_step, num_steps, config, device, rank=0)
+    progress = tqdm(total=num_steps, initial=first_step, unit="step", disable=None)
+    stop, eval_loss, num_bad_steps = StopSignal(), None, 0
+    if eval_data and first_step == 0:
+        eval_loss = evaluate(config, model, build_inputs, eval_data, autocast, device)
+        metrics_file.append({"global_step": 0, "eval_loss": eval_loss})
+        logger.info(f"step       0/{num_steps:,}   held-out loss {eval_loss:.4f}")
 
-    for step in plan.steps(0, num_steps):
-        started = time.perf_counter()
+    for step in data.plan.steps(first_step, num_steps):
+        started, global_step = time.perf_counter(), step.global_step + 1
         lr = learning_rate_at(
             step.global_step, num_steps, config.learning_rate, config.warmup_ratio
         )
@@ -72,8 +93,7 @@ def train(config: Config, model, build_inputs, dataset, plan, num_steps, device,
 
         # The step's loss is one mean over all its supervised tokens, however the samples are
         # packed: every micro-batch adds its sum, divided by the count of the whole step.
-        loss = torch.zeros((), device=device)
-        problems = []
+        loss, problems = torch.zeros((), device=device), []
         num_micro_batches = len(step.micro_batches[0])
         for micro_batch in islice(micro_batches, num_micro_batches):
             with autocast:
@@ -88,22 +108,30 @@ def train(config: Config, model, build_inputs, dataset, plan, num_steps, device,
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         # The only place where the step waits for the device.
         loss, grad_norm = torch.stack([loss, grad_norm]).tolist()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        is_bad = not (math.isfinite(loss) and math.isfinite(grad_norm))
+        num_bad_steps = num_bad_steps + 1 if is_bad else 0
+        if num_bad_steps > config.skip_bad_steps:
+            save_checkpoint(
+                step.global_step, model, optimizer, export, config, data.digest, eval_loss
+            )
             raise UserError(
-                f"step {step.global_step + 1}: loss {loss}, gradient norm {grad_norm}: stopped "
-                f"before the weights change. Samples of this step: {step.samples}. Look at them "
+                f"step {global_step}: loss {loss}, gradient norm {grad_norm}: stopped before the "
+                f"weights change. Samples of this step: {step.samples}. Look at them "
                 "(check_data.py --show N), lower --learning_rate, or try --precision fp32"
             )
-        optimizer.step()
+        if is_bad:
+            logger.warning(f"step {global_step} skipped: loss {loss}, gradient norm {grad_norm}")
+        else:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         seconds = time.perf_counter() - started
         metrics = {
-            "global_step": step.global_step + 1,
+            "global_step": global_step,
             "epoch": step.epoch,
-            "loss": loss,
+            "loss": None if is_bad else loss,
             "learning_rate": lr,
-            "grad_norm": grad_norm,
+            "grad_norm": None if is_bad else grad_norm,
             "num_samples": len(step.samples) - len(problems),
             "num_bad_samples": len(problems),
             "num_micro_batches": num_micro_batches,
@@ -113,15 +141,42 @@ def train(config: Config, model, build_inputs, dataset, plan, num_steps, device,
             "tokens_per_second": step.num_tokens / seconds,
             "peak_memory_gib": peak_memory_gib(device),
         }
-        append_metrics(output_dir / "metrics.jsonl", metrics)
+        metrics_file.append(metrics)
         for problem in problems:
             logger.warning(f"left out   {problem}")
         line = f"loss {loss:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s"
         progress.set_postfix_str(line)
         progress.update()
-        if (step.global_step + 1) % max(1, num_steps // 20) == 0:
-            logger.info(f"step {step.global_step + 1:>7,}/{num_steps:,}   {line}")
+        if global_step % max(1, num_steps // 20) == 0:
+            logger.info(f"step {global_step:>7,}/{num_steps:,}   {line}")
+
+        if eval_data and (global_step % config.eval_steps == 0 or global_step == num_steps):
+            eval_loss = evaluate(config, model, build_inputs, eval_data, autocast, device)
+            metrics_file.append({"global_step": global_step, "eval_loss": eval_loss})
+            logger.info(f"step {global_step:>7,}/{num_steps:,}   held-out loss {eval_loss:.4f}")
+        if global_step % config.save_steps == 0 or stop.name:
+            save_checkpoint(global_step, model, optimizer, export, config, data.digest, eval_loss)
+        if stop.name:
+            logger.warning(f"{stop.name}: stopped after step {global_step}; go on with")
+            logger.warning(f"  --output_dir {config.output_dir} --resume_from latest")
+            sys.exit(EXIT_STOPPED)
     progress.close()
+
+
+@torch.no_grad()
+def evaluate(config: Config, model, build_inputs, data: PlannedData, autocast, device) -> float:
+    """Return the loss per supervised token of held-out data; nothing of the training changes."""
+    loss_sum, num_supervised_tokens = torch.zeros((), device=device), 0
+    num_steps = data.plan.num_steps_per_epoch
+    micro_batches = load_micro_batches(data, 0, num_steps, config, device, rank=0)
+    for step in data.plan.steps(0, num_steps):
+        num_supervised_tokens += step.num_supervised_tokens
+        for micro_batch in islice(micro_batches, len(step.micro_batches[0])):
+            with autocast:
+                logits = model(**build_inputs(micro_batch)).logits[0]
+            targets = micro_batch.targets.to(device, non_blocking=True)
+            loss_sum += F.cross_entropy(logits.float(), targets, reduction="sum")
+    return loss_sum.item() / num_supervised_tokens
 
 
 def main() -> None:
@@ -133,32 +188,25 @@ def main() -> None:
             "*** No NVIDIA device: training the embedded TINY model, a toy with random weights.\n"
             "*** For the real one: --model_name_or_path Qwen/Qwen2-VL-2B-Instruct (or a folder)."
         )
-    config = fill_defaults(config, device.type)
-    output_dir = Path(config.output_dir)
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserError(f"--output_dir {output_dir}: exists and is not an empty folder")
+    checkpoint = find_checkpoint(config) if config.resume_from else None
+    config = fill_defaults(config, device.type, checkpoint and checkpoint.parent)
+    output_dir = make_output_dir(config, checkpoint)
 
     # Everything that can be wrong with the data is known before the model is loaded.
     folder = find_model(config.model_name_or_path)
     processor = load_processor(folder, config)
     encoder = build_encoder(folder, processor, config)
-    records = Records(config.train_data)
-    index, problems = build_index(records, encoder)
-    problems += check_lengths(records, index, config.max_tokens, encoder)
-    if config.on_bad_sample == "stop":
-        raise_problems(problems)
-    capacity = config.max_tokens - encoder.num_dummy_tokens
-    plan = Plan(index, config.batch_size, capacity, config.seed, 1, records.groups())
-    if plan.num_samples_per_epoch == 0:
-        raise_problems(["no sample is left to train on", *problems])
-    num_steps = plan.num_steps_per_epoch * config.num_epochs
+    data = prepare_data(config.train_data, encoder, config, world_size=1)
+    eval_data = None
+    if config.eval_data:
+        eval_data = prepare_data(config.eval_data, encoder, config, world_size=1)
+    num_steps = data.plan.num_steps_per_epoch * config.num_epochs
     num_steps = min(num_steps, config.max_steps or num_steps)
 
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        config.save(output_dir / "config_used.json")
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir}: cannot be written: {error}") from error
+    if checkpoint:
+        check_same_run(checkpoint, config, data.digest)
+        rewind_files(checkpoint)
+    config.save(output_dir / "config_used.json")
     setup_logging(output_dir)
     torch.manual_seed(config.seed)
     attention = choose_attention(device, config.precision)
@@ -168,20 +216,24 @@ def main() -> None:
         f"model      {config.model_name_or_path}: {model.num_parameters() / 1e6:,.1f} M "
         f"parameters on {device}, {config.precision}, attention {attention}"
     )
-    logger.info(f"data       {' '.join(config.train_data)}: {index.summary()}")
-    for problem in problems:
+    logger.info(f"data       {' '.join(config.train_data)}: {data.index.summary()}")
+    if eval_data:
+        logger.info(f"held out   {' '.join(config.eval_data)}: {eval_data.index.summary()}")
+    for problem in data.problems + (eval_data.problems if eval_data else []):
         logger.warning(f"left out   {problem}")
     logger.info(
-        f"steps      {num_steps} of {config.batch_size} samples ({plan.num_steps_per_epoch} an "
-        f"epoch), in micro-batches of at most {config.max_tokens:,} tokens; learning rate "
+        f"steps      {num_steps} of {config.batch_size} samples ({data.plan.num_steps_per_epoch} "
+        f"an epoch), in micro-batches of at most {config.max_tokens:,} tokens; learning rate "
         f"{config.learning_rate:g}"
     )
-    logger.info(f"output     {output_dir}")
+    logger.info(f"output     {output_dir}, a checkpoint every {config.save_steps} steps")
+    if checkpoint:
+        logger.info(f"resumed    from {checkpoint}")
+    if other := untested_versions():
+        logger.warning(f"versions   not tested: {other}")
 
     started = time.perf_counter()
-    build_inputs = InputBuilder(processor, attention, device)
-    dataset = SampleDataset(records, index, encoder)
-    train(config, model, build_inputs, dataset, plan, num_steps, device, output_dir)
+    train(config, model, processor, data, eval_data, num_steps, device, checkpoint)
     export_model(model, processor, output_dir)
     plot_loss(output_dir / "metrics.jsonl", output_dir / "loss.png")
     logger.info(

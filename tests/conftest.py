@@ -13,14 +13,13 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from util.config import Config, fill_defaults
-from util.data_util import Records
 from util.model_util import (
     InputBuilder,
     build_encoder,
     load_model,
     load_processor,
 )
-from util.plan_util import Plan, SampleDataset, build_index
+from util.plan_util import prepare_data
 from util.tiny_model import CHAT_TEMPLATE, cached_tiny_model
 
 REPO = Path(__file__).resolve().parent.parent
@@ -94,20 +93,17 @@ def set_up(config: Config, folder: str) -> SimpleNamespace:
     """Prepare a run as finetune.main() does, without an output folder."""
     processor = load_processor(folder, config)
     encoder = build_encoder(folder, processor, config)
-    records = Records(config.train_data)
-    index, problems = build_index(records, encoder)
-    assert not problems
-    capacity = config.max_tokens - encoder.num_dummy_tokens
-    plan = Plan(index, config.batch_size, capacity, config.seed, 1, records.groups())
+    data = prepare_data(config.train_data, encoder, config, world_size=1)
     return SimpleNamespace(
         config=config,
         model=load_model(folder, "packed_sdpa", CPU),
+        processor=processor,
         build_inputs=InputBuilder(processor, "packed_sdpa", CPU),
-        dataset=SampleDataset(records, index, encoder),
-        plan=plan,
+        data=data,
+        plan=data.plan,
         encoder=encoder,
-        records=records,
-        index=index,
+        records=data.samples.records,
+        index=data.index,
     )
 
 

@@ -5,14 +5,14 @@ import resource
 
 import numpy as np
 import pytest
-from conftest import assistant, encoder_for, image, make_image, set_up, text, tiny_config, user
+from conftest import CPU, assistant, encoder_for, image, make_image, set_up, text, tiny_config, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from util import plan_util
 from util.config import UserError
 from util.data_util import Records, parse_conversation
-from util.plan_util import Index, Plan, build_index
+from util.plan_util import Index, Plan, build_index, load_micro_batches
 
 EXPECTED = [
     {"role": "system", "content": "Be brief."},
@@ -218,17 +218,14 @@ def test_bad_samples_can_be_left_out(tmp_path, tiny_folder):
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
     data = [[user(image(good)), assistant("x")] for _ in range(5)]
     data[1] = [user(image(cut)), assistant("y")]  # only decoding finds it
-    run = set_up(
-        tiny_config(train_data=[write_jsonl(tmp_path / "a.jsonl", data)], batch_size=5), tiny_folder
-    )
-    steps = list(run.plan.steps(0, 1))
-    batches = list(
-        plan_util.load_micro_batches(run.dataset, steps, 0, 1, False, skip_bad_samples=True)
-    )
+    flags = {"train_data": [write_jsonl(tmp_path / "a.jsonl", data)], "batch_size": 5}
+    skip = tiny_config(**flags, on_bad_sample="skip", num_workers=1)
+    run = set_up(skip, tiny_folder)
+    batches = list(load_micro_batches(run.data, 0, 1, skip, CPU, 0))
     assert len(batches) == 1 and len(batches[0].cu_seqlens) == 1 + 4 + 1
     assert "line 2: message 0" in batches[0].problems[0] and "cut.png" in batches[0].problems[0]
     with pytest.raises(UserError, match="line 2"):
-        list(plan_util.load_micro_batches(run.dataset, steps, 0, 0, False))
+        list(load_micro_batches(run.data, 0, 1, tiny_config(**flags, num_workers=0), CPU, 0))
 
 
 @pytest.mark.slow

@@ -17,12 +17,11 @@ FLAGS = {"batch_size": 8, "num_epochs": 2, "learning_rate": 1e-3, "precision": "
 
 def train_packed(mixed_data, folder, output_dir, **flags):
     """Run train() and return its metrics and the final weights as one vector."""
-    run = set_up(tiny_config(train_data=[mixed_data], **FLAGS, **flags), folder)
+    flags = FLAGS | flags | {"train_data": [mixed_data], "output_dir": str(output_dir)}
+    run = set_up(tiny_config(**flags), folder)
     num_steps = run.plan.num_steps_per_epoch * run.config.num_epochs
     torch.manual_seed(0)
-    train(
-        run.config, run.model, run.build_inputs, run.dataset, run.plan, num_steps, CPU, output_dir
-    )
+    train(run.config, run.model, run.processor, run.data, None, num_steps, CPU)
     lines = (output_dir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], weights(run.model)
 

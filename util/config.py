@@ -54,8 +54,14 @@ class Config:
         help="JSON or JSONL files of conversations, each with an optional sampling rate: "
         "a.json b.jsonl:0.5",
     )
+    eval_data: list[str] = HfArg(  # noqa: RUF009
+        default_factory=list, help="held-out data, in the formats of --train_data"
+    )
     output_dir: str | None = HfArg(
         default=None, help="new or empty folder. Left out: train_output/<timestamp>"
+    )
+    resume_from: str | None = HfArg(
+        default=None, help="latest, or a checkpoint folder: go on with that run, in its folder"
     )
 
     # -- hyper-parameters: these set the mathematics
@@ -99,6 +105,14 @@ class Config:
     on_bad_sample: Literal["stop", "skip"] = HfArg(
         default="stop", help="samples that cannot be used: stop before training, or leave them out"
     )
+    skip_bad_steps: int = HfArg(
+        default=0, help="leave out up to so many steps in a row whose loss is not finite"
+    )
+    save_steps: int = HfArg(default=500, help="steps between checkpoints")
+    keep_checkpoints: int = HfArg(
+        default=2, help="newest checkpoints kept, and the best one by held-out loss"
+    )
+    eval_steps: int = HfArg(default=100, help="steps between evaluations on --eval_data")
     num_workers: int = HfArg(default=2, help="processes that read and decode the data")
     device: str | None = HfArg(default=None, help="cuda, cuda:1, cpu. Left out: cuda, else cpu")
 
@@ -106,12 +120,12 @@ class Config:
         for name in (
             *("num_epochs", "max_steps", "batch_size", "learning_rate", "max_grad_norm"),
             *("min_pixels", "max_pixels", "video_fps", "video_max_frames", "video_max_pixels"),
-            "max_tokens",
+            *("max_tokens", "save_steps", "keep_checkpoints", "eval_steps"),
         ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"--{name} {value}: must be greater than 0")
-        for name in ("weight_decay", "num_workers", "seed"):
+        for name in ("weight_decay", "num_workers", "seed", "skip_bad_steps"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
         if not 0 <= self.warmup_ratio <= 1:
@@ -154,13 +168,13 @@ def parse_config(argv: list[str] | None = None, extra=None) -> Config:
     return (config, rest[0]) if extra else config
 
 
-def fill_defaults(config: Config, device_type: str) -> Config:
+def fill_defaults(config: Config, device_type: str, output_dir: Path | None = None) -> Config:
     """Return `config` with what was left out filled in for a device type, "cuda" or "cpu"."""
     model = config.model_name_or_path or (
         "Qwen/Qwen2-VL-2B-Instruct" if device_type == "cuda" else "tiny"
     )
     filled = dict(TINY_DEFAULTS if model == "tiny" else DEFAULTS)
-    filled["output_dir"] = f"train_output/{time.strftime('%Y%m%d_%H%M%S')}"
+    filled["output_dir"] = str(output_dir or f"train_output/{time.strftime('%Y%m%d_%H%M%S')}")
     filled = {name: value for name, value in filled.items() if getattr(config, name) is None}
     return dataclasses.replace(config, model_name_or_path=model, **filled)
 

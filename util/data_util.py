@@ -4,6 +4,7 @@ What is wrong with a file raises UserError; what is wrong with a record, ValueEr
 message in it.
 """
 
+import hashlib
 import json
 import mmap
 import os
@@ -64,6 +65,14 @@ class Records:
     def folder(self, i: int) -> Path:
         """Return the folder of the file that holds record `i`."""
         return Path(self._find(i)[0].path).parent
+
+    def digest(self) -> str:
+        """Return a hash of the content of all files."""
+        key = hashlib.sha256()
+        for file in self.files:
+            with open(file.path, "rb") as stream:
+                key.update(hashlib.file_digest(stream, "sha256").digest())
+        return key.hexdigest()
 
     def groups(self) -> list[tuple[int, int, float]]:
         """Return (first, last, rate) of each file; record number `last` is the next file's."""

@@ -1,13 +1,18 @@
 """The log, the metrics file, and the loss plot."""
 
+import importlib.metadata
 import json
 import logging
+import os
+import platform
 import resource
 import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from util.check_requirements import read_requirements
 
 logger = logging.getLogger("finetune")
 
@@ -33,10 +38,51 @@ def setup_logging(output_dir: Path) -> None:
     logger.addHandler(file)
 
 
-def append_metrics(path: Path, metrics: dict) -> None:
-    """Append one JSON object to a metrics.jsonl, whole."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(metrics) + "\n")
+class MetricsFile:
+    """Appends JSON objects to a metrics.jsonl, each of them once.
+
+    Where that fails (a full disk, a vanished folder), that is logged, and the objects wait until
+    it works again.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._waiting = []
+
+    def append(self, row: dict) -> None:
+        """Append `row` and whatever waits."""
+        self._waiting.append(json.dumps(row) + "\n")
+        try:
+            with self.path.open("ab") as file:
+                end = file.tell()
+                try:
+                    file.write("".join(self._waiting).encode())
+                    file.flush()
+                except OSError:
+                    os.truncate(self.path, end)  # no half line
+                    raise
+        except OSError as error:
+            if len(self._waiting) == 1:
+                logger.error(f"{self.path} cannot be written, will try again: {error}")
+        else:
+            self._waiting.clear()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a run depends on."""
+    names = ("torch", "transformers", "accelerate", "tokenizers", "av", "pillow", "numpy")
+    installed = {name: importlib.metadata.version(name) for name in names}
+    return {"python": platform.python_version(), **installed}
+
+
+def untested_versions() -> str:
+    """Return the packages that are not of the version in requirements.txt, or an empty string."""
+    pins = read_requirements(Path(__file__).resolve().parent.parent / "requirements.txt")
+    return ", ".join(
+        f"{name} {version} (tested: {pins[name]})"
+        for name, version in versions().items()
+        if name in pins and version.split("+")[0] != pins[name]
+    )
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -53,8 +99,9 @@ def plot_loss(metrics_file: Path, output_file: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if "loss" in row]
-    steps, losses = [row["global_step"] for row in rows], [row["loss"] for row in rows]
+    trained = [row for row in rows if row.get("loss") is not None]
+    steps, losses = [row["global_step"] for row in trained], [row["loss"] for row in trained]
+    evaluated = [row for row in rows if row.get("eval_loss") is not None]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -66,6 +113,9 @@ def plot_loss(metrics_file: Path, output_file: Path) -> None:
             for i in range(len(losses))
         ]
         axes.plot(steps, means, color="#1f4e8c", linewidth=2, label=f"mean of {window} steps")
+    if evaluated:
+        points = [row["global_step"] for row in evaluated], [row["eval_loss"] for row in evaluated]
+        axes.plot(*points, color="#c2571a", marker="o", markersize=4, label="held-out data")
     axes.set(xlabel="step", ylabel="loss per supervised token", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()

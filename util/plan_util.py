@@ -46,8 +46,9 @@ class Index:
 
     def summary(self) -> str:
         """Return one line on how much data this is."""
+        lengths = self.num_tokens[self.num_tokens > 0]
         return (
-            f"{len(self):,} samples of {self.num_tokens.min():,} to {self.num_tokens.max():,} "
+            f"{len(lengths):,} samples of {lengths.min():,} to {lengths.max():,} "
             f"tokens, {self.num_tokens.sum():,} in all: {self.num_image_tokens.sum():,} of images, "
             f"{self.num_video_tokens.sum():,} of videos, {self.num_supervised_tokens.sum():,} "
             "supervised"
@@ -68,7 +69,7 @@ def build_index(records: Records, encoder: SampleEncoder) -> tuple[Index, list[s
         rows = np.zeros((len(records), 4), dtype=np.int32)
     problems = []
     missing = np.flatnonzero(rows[:, 0] == 0)
-    for i, row in _measure_all(missing, records, encoder):
+    for i, row in _run_all(_measure, "index", missing, records, encoder):
         if isinstance(row, str):
             problems.append(f"{records.where(i)}: {row}")
         else:
@@ -81,15 +82,23 @@ def build_index(records: Records, encoder: SampleEncoder) -> tuple[Index, list[s
     return Index(*rows.T), problems
 
 
-def _measure_all(numbers: np.ndarray, records: Records, encoder: SampleEncoder) -> Iterator:
-    """Yield (sample number, measures or problem) in order, with a progress bar."""
+def decode_all(records: Records, index: Index, encoder: SampleEncoder) -> list[str]:
+    """Decode every indexed sample, in parallel, and return a list of problems."""
+    numbers = np.flatnonzero(index.num_tokens > 0)
+    results = _run_all(_decode, "decode", numbers, records, encoder)
+    return [f"{records.where(i)}: {problem}" for i, problem in results if problem]
+
+
+def _run_all(function, title: str, numbers: np.ndarray, records: Records, encoder) -> Iterator:
+    """Yield (sample number, result of `function`) in order, with a progress bar."""
     if len(numbers) < MIN_SAMPLES_FOR_PROCESSES:
-        pool, measured = nullcontext(), (_measure(encoder, records, int(i)) for i in numbers)
+        pool, results = nullcontext(), (function(encoder, records, int(i)) for i in numbers)
     else:
-        pool = get_context("fork").Pool(os.cpu_count(), _start_measuring, (encoder, records))
-        measured = pool.imap(_measure_number, map(int, numbers), chunksize=64)
+        arguments = (function, encoder, records)
+        pool = get_context("fork").Pool(os.cpu_count(), _start_process, arguments)
+        results = pool.imap(_run_one, map(int, numbers), chunksize=64)
     with pool:
-        bar = tqdm(measured, "index", len(numbers), leave=False, disable=None, unit=" samples")
+        bar = tqdm(results, title, len(numbers), leave=False, disable=None, unit=" samples")
         yield from zip(map(int, numbers), bar)
 
 
@@ -100,28 +109,34 @@ def _measure(encoder: SampleEncoder, records: Records, i: int) -> tuple | str:
         return str(error)
 
 
-_measuring = None  # (encoder, records), set once in each process of the pool
+def _decode(encoder: SampleEncoder, records: Records, i: int) -> str | None:
+    try:
+        encoder.encode(records[i], records.folder(i))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
-def _start_measuring(*encoder_and_records) -> None:
-    global _measuring
+_task = None  # (function, encoder, records), set once in each process of the pool
+
+
+def _start_process(*task) -> None:
+    global _task
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _measuring = encoder_and_records
+    _task = task
 
 
-def _measure_number(i: int) -> tuple | str:
-    return _measure(*_measuring, i)
+def _run_one(i: int) -> tuple | str | None:
+    function, encoder, records = _task
+    return function(encoder, records, i)
 
 
 def _index_key(records: Records, encoder: SampleEncoder) -> str:
-    key = hashlib.sha256()
-    names = ("data_util.py", "sample_util.py", "vision_util.py", "plan_util.py")
-    paths = [REPO_DIR / "util" / name for name in names] + [file.path for file in records.files]
-    for path in paths:
-        with open(path, "rb") as file:
-            key.update(hashlib.file_digest(file, "sha256").digest())
+    key = hashlib.sha256(records.digest().encode())
+    for name in ("data_util.py", "sample_util.py", "vision_util.py", "plan_util.py"):
+        key.update((REPO_DIR / "util" / name).read_bytes())
     key.update(encoder.tokenizer.backend_tokenizer.to_str().encode())
     folders = [os.path.abspath(file.path) for file in records.files]
     settings = (encoder.chat_template, encoder.policy, encoder.supervise, folders, os.getcwd())
@@ -335,34 +350,63 @@ class SampleDataset(Dataset):
         return micro_batch
 
 
-def load_micro_batches(
-    dataset: SampleDataset,
-    steps: Iterator[Step],
-    rank: int,
-    num_workers: int,
-    pin_memory: bool,
-    skip_bad_samples: bool = False,
-) -> Iterator[MicroBatch]:
-    """Yield the micro-batches of `steps` for one rank, read ahead by worker processes.
+@dataclass
+class PlannedData:
+    """Data files, measured and laid out: what a loop needs to know of them."""
 
-    Raises UserError with the message of the first sample that cannot be read, or, with
-    `skip_bad_samples`, leaves it out and its message in `problems`.
+    samples: SampleDataset
+    index: Index
+    plan: Plan
+    digest: str  # of the content of the files
+    problems: list[str]  # why samples are left out of the plan
+
+
+def prepare_data(names: list[str], encoder: SampleEncoder, config, world_size: int) -> PlannedData:
+    """Index and plan the data files `names`.
+
+    Raises UserError with what is wrong with them; with --on_bad_sample skip, only where nothing
+    is left.
     """
+    records = Records(names)
+    index, problems = build_index(records, encoder)
+    problems += check_lengths(records, index, config.max_tokens, encoder)
+    if config.on_bad_sample == "stop":
+        raise_problems(problems)
+    capacity = config.max_tokens - encoder.num_dummy_tokens
+    plan = Plan(index, config.batch_size, capacity, config.seed, world_size, records.groups())
+    if plan.num_samples_per_epoch == 0:
+        raise_problems(["no sample is left to train on", *problems])
+    samples = SampleDataset(records, index, encoder)
+    return PlannedData(samples, index, plan, records.digest(), problems)
+
+
+def load_micro_batches(
+    data: PlannedData, first_step: int, last_step: int, config, device: torch.device, rank: int
+) -> Iterator[MicroBatch]:
+    """Yield the micro-batches of steps `first_step` up to, without, `last_step`, for one rank.
+
+    Worker processes read ahead. Raises UserError with the message of the first sample that cannot
+    be read, or, with --on_bad_sample skip, leaves it out and its message in `problems`.
+    """
+    steps = data.plan.steps(first_step, last_step)
     loader = DataLoader(
-        dataset,
+        data.samples,
         batch_sampler=(samples for step in steps for samples in step.micro_batches[rank]),
-        collate_fn=dataset.collate,
-        num_workers=num_workers,
+        collate_fn=data.samples.collate,
+        num_workers=config.num_workers,
         worker_init_fn=_start_worker,
-        pin_memory=pin_memory,
+        pin_memory=device.type == "cuda",
+        # Its own, so that reading data never moves the random state of the training.
+        generator=torch.Generator(),
     )
     for micro_batch in loader:
-        if micro_batch.problems and not skip_bad_samples:
+        if micro_batch.problems and config.on_bad_sample == "stop":
             raise UserError(micro_batch.problems[0])
         yield micro_batch
 
 
 def _start_worker(worker_id: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # Ctrl-C reaches every process of the terminal; the main process decides what it means.
+    # These reach every process of a terminal or a job; the main one decides what they mean.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -227,4 +227,7 @@ def find_file(path: str, folder: Path) -> str:
             except ValueError as error:
                 raise ValueError(f"{candidate}: {error}") from error
             return str(candidate)
-    raise ValueError(f"no such file: {Path(path).absolute()} nor {folder / path}")
+    raise ValueError(
+        f"no such file: {Path(path).absolute()} nor {folder / path}: correct the path, or put it "
+        "there"
+    )

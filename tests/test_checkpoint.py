@@ -1,0 +1,268 @@
+"""Checkpoints: exact, checked, refused where they do not fit, and survived where they fail."""
+
+import json
+import shutil
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import CPU, set_up, tiny_config
+from test_one_rule import weights
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import finetune
+from util import checkpoint_util, logutil
+from util.checkpoint_util import (
+    EXIT_STOPPED,
+    check_same_run,
+    damage,
+    find_checkpoint,
+    list_checkpoints,
+    make_output_dir,
+    rewind_files,
+)
+from util.config import UserError
+
+FLAGS = {"batch_size": 8, "learning_rate": 1e-3, "num_epochs": 3, "num_workers": 0}
+NUM_STEPS = 12
+
+
+@pytest.fixture(autouse=True)
+def restored_signals():
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def run(mixed_data, tiny_folder, tmp_path, monkeypatch):
+    """Train in this process; `stop_after` sends SIGTERM once that step has been logged."""
+
+    def train(name="out", stop_after=None, checkpoint=None, num_steps=NUM_STEPS, **flags):
+        flags = FLAGS | {"output_dir": str(tmp_path / name), "train_data": [mixed_data]} | flags
+        prepared = set_up(tiny_config(**flags), tiny_folder)
+        (tmp_path / name).mkdir(exist_ok=True)
+        if checkpoint:
+            rewind_files(checkpoint)
+        eval_data = None
+        if flags.get("eval_data"):
+            eval_data = finetune.prepare_data(
+                flags["eval_data"], prepared.encoder, prepared.config, world_size=1
+            )
+
+        class MetricsFile(logutil.MetricsFile):
+            def append(self, row):
+                super().append(row)
+                if row["global_step"] == stop_after and "loss" in row:
+                    signal.raise_signal(signal.SIGTERM)
+
+        monkeypatch.setattr(finetune, "MetricsFile", MetricsFile)
+        arguments = (prepared.config, prepared.model, prepared.processor, prepared.data)
+        if stop_after:
+            with pytest.raises(SystemExit) as info:
+                finetune.train(*arguments, eval_data, num_steps, CPU, checkpoint)
+            assert info.value.code == EXIT_STOPPED
+        else:
+            finetune.train(*arguments, eval_data, num_steps, CPU, checkpoint)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return SimpleNamespace(
+            metrics=[json.loads(line) for line in lines],
+            weights=weights(prepared.model),
+            config=prepared.config,
+            data=prepared.data,
+            folder=tmp_path / name,
+        )
+
+    return train
+
+
+def losses(result):
+    return [
+        (m["global_step"], m["loss"], m["grad_norm"], m["learning_rate"])
+        for m in result.metrics
+        if "loss" in m
+    ]
+
+
+@pytest.mark.parametrize("stop_after, num_workers", [(4, 0), (7, 2)])
+def test_a_resumed_run_is_the_run_that_would_have_been(run, stop_after, num_workers):
+    """To the last bit; stopped at an epoch's end and in its middle; other memory settings."""
+    straight = run("straight")
+    stopped = run("broken", stop_after=stop_after, num_workers=num_workers)
+    assert len(stopped.metrics) == stop_after
+    checkpoint = stopped.folder / f"checkpoint-{stop_after}"
+    resumed = run("broken", checkpoint=checkpoint, num_workers=num_workers)
+    assert losses(resumed) == losses(straight)
+    assert torch.equal(resumed.weights, straight.weights)
+
+
+def test_resume_drops_the_steps_after_the_checkpoint(run):
+    stopped = run(stop_after=6, save_steps=4)
+    assert [p.name for p in list_checkpoints(stopped.folder)] == ["checkpoint-6", "checkpoint-4"]
+    resumed = run(checkpoint=stopped.folder / "checkpoint-4", num_steps=8)
+    assert [m["global_step"] for m in resumed.metrics] == list(range(1, 9))
+
+
+def test_a_checkpoint_is_a_model_folder(run):
+    folder = run(stop_after=2).folder / "checkpoint-2"
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    assert AutoProcessor.from_pretrained(folder).tokenizer.padding_side == "left"
+    assert json.loads((folder / "config_used.json").read_text())["batch_size"] == 8
+    state = json.loads((folder / "resume" / "state.json").read_text())["state"]
+    assert state["global_step"] == 2 and state["versions"]["torch"] in torch.__version__
+    assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt"))
+
+
+def test_the_newest_and_the_best_are_kept(run, mixed_data):
+    folder = run(save_steps=1, keep_checkpoints=2, num_steps=6).folder
+    assert [p.name for p in list_checkpoints(folder)] == ["checkpoint-6", "checkpoint-5"]
+    # Held-out loss rises from the third step on: the learning rate is far too high by then.
+    flags = {"save_steps": 1, "eval_steps": 1, "keep_checkpoints": 1, "num_steps": 6}
+    result = run("evaluated", eval_data=[mixed_data], warmup_ratio=1.0, learning_rate=0.5, **flags)
+    evaluated = {m["global_step"]: m["eval_loss"] for m in result.metrics if "eval_loss" in m}
+    assert sorted(evaluated) == list(range(7))
+    del evaluated[0]
+    best = min(evaluated, key=evaluated.get)
+    assert best < 6, evaluated
+    assert {p.name for p in list_checkpoints(result.folder)} == {
+        f"checkpoint-{best}",
+        "checkpoint-6",
+    }
+
+
+def test_evaluation_does_not_change_the_training(run, mixed_data):
+    plain = run("plain", num_steps=5)
+    evaluated = run("evaluated", num_steps=5, eval_data=[mixed_data], eval_steps=2)
+    assert losses(plain) == losses(evaluated)
+    assert torch.equal(plain.weights, evaluated.weights)
+    eval_losses = [m["eval_loss"] for m in evaluated.metrics if "eval_loss" in m]
+    assert len(eval_losses) == 4 and eval_losses[-1] < eval_losses[0]
+
+
+@pytest.mark.parametrize("fault", ["truncated", "flipped", "missing", "state"])
+def test_damage_is_named_and_latest_goes_back(run, fault, caplog):
+    result = run(stop_after=4, save_steps=2)
+    newest, older = list_checkpoints(result.folder)
+    assert damage(newest) is None and damage(older) is None
+    victim = newest / ("resume/state.json" if fault == "state" else "model.safetensors")
+    content = bytearray(victim.read_bytes())
+    if fault == "truncated":
+        victim.write_bytes(content[:-100])
+    elif fault == "missing":
+        victim.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    assert victim.name in damage(newest)
+    checkpoint_util.logger.propagate = True
+    latest = tiny_config(output_dir=str(result.folder), resume_from="latest")
+    assert find_checkpoint(latest) == older
+    assert f"{newest} is damaged" in caplog.text and victim.name in caplog.text
+    with pytest.raises(UserError, match=victim.name):
+        find_checkpoint(tiny_config(resume_from=str(newest)))
+    shutil.rmtree(older)
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        find_checkpoint(latest)
+
+
+def test_another_run_is_refused_and_every_difference_named(run, mixed_data):
+    result = run(stop_after=2)
+    checkpoint = result.folder / "checkpoint-2"
+    flags = FLAGS | {"output_dir": str(result.folder), "train_data": [mixed_data]}
+    fine = tiny_config(**flags | {"num_epochs": 9, "max_tokens": 99, "num_workers": 7})
+    check_same_run(checkpoint, fine, result.data.digest)
+    other = tiny_config(**flags | {"learning_rate": 0.5, "seed": 3})
+    with pytest.raises(UserError) as info:
+        check_same_run(checkpoint, other, "another digest")
+    for words in (
+        "--learning_rate: was 0.001, is 0.5",
+        "--seed: was 0, is 3",
+        "content",
+        "new run",
+    ):
+        assert words in str(info.value)
+    assert "batch_size" not in str(info.value)
+
+
+def test_output_folders_that_do_not_fit(run, tmp_path):
+    result = run(stop_after=2)
+    with pytest.raises(UserError, match="--resume_from latest"):
+        make_output_dir(result.config, None)
+    elsewhere = tiny_config(output_dir=str(tmp_path / "other"))
+    with pytest.raises(UserError, match="its own folder"):
+        make_output_dir(elsewhere, result.folder / "checkpoint-2")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        make_output_dir(tiny_config(output_dir=str(tmp_path / "file" / "out")), None)
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        find_checkpoint(tiny_config(output_dir=str(tmp_path / "other"), resume_from="latest"))
+
+
+def test_a_full_disk_is_told_survived_and_tried_again(run, monkeypatch, caplog):
+    checkpoint_util.logger.propagate = True
+    disk_usage, calls = shutil.disk_usage, []
+
+    def full_at_the_second_save(path):
+        calls.append(path)
+        return SimpleNamespace(free=1000) if len(calls) == 2 else disk_usage(path)
+
+    monkeypatch.setattr(checkpoint_util.shutil, "disk_usage", full_at_the_second_save)
+    result = run(save_steps=2, num_steps=6)
+    assert [p.name for p in list_checkpoints(result.folder)] == ["checkpoint-6", "checkpoint-2"]
+    assert "checkpoint-4 could not be written" in caplog.text and "GiB are free" in caplog.text
+    assert not list(result.folder.glob(".*"))
+
+
+def test_a_vanished_output_folder_is_survived(run, monkeypatch, tmp_path):
+    class Vanishing(checkpoint_util.StopSignal):
+        def __init__(self):
+            super().__init__()
+            shutil.rmtree(tmp_path / "out")
+
+    monkeypatch.setattr(finetune, "StopSignal", Vanishing)
+    with pytest.raises(FileNotFoundError):  # of this test's reading; train() itself went through
+        run(num_steps=3, save_steps=1)
+    (tmp_path / "out").mkdir()
+    waiting = logutil.MetricsFile(tmp_path / "gone" / "metrics.jsonl")
+    waiting.append({"global_step": 1})
+    (tmp_path / "gone").mkdir()
+    waiting.append({"global_step": 2})
+    lines = (tmp_path / "gone" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["global_step"] for line in lines] == [1, 2]
+
+
+class BrokenLoss:
+    """torch.nn.functional whose losses are infinite in chosen calls."""
+
+    def __init__(self, bad_calls):
+        self.bad_calls, self.calls = bad_calls, 0
+
+    def cross_entropy(self, *arguments, **options):
+        self.calls += 1
+        loss = torch.nn.functional.cross_entropy(*arguments, **options)
+        return loss * float("inf") if self.calls in self.bad_calls else loss
+
+
+def test_a_bad_step_stops_with_the_last_good_state(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(finetune, "F", BrokenLoss({4}))
+    with pytest.raises(UserError, match="step 4: loss inf.*Samples of this step"):
+        run(max_tokens=10**6)
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    assert damage(checkpoint) is None
+    monkeypatch.setattr(finetune, "F", torch.nn.functional)
+    resumed = run(checkpoint=checkpoint, max_tokens=10**6)
+    straight = run("straight", max_tokens=10**6)
+    assert torch.equal(resumed.weights, straight.weights)
+
+
+def test_bad_steps_can_be_skipped_but_not_too_many_in_a_row(run, monkeypatch):
+    monkeypatch.setattr(finetune, "F", BrokenLoss({2, 3, 6}))
+    result = run(max_tokens=10**6, skip_bad_steps=2, num_steps=7)
+    assert [m["global_step"] for m in result.metrics if m["loss"] is None] == [2, 3, 6]
+    assert torch.isfinite(result.weights).all()
+    monkeypatch.setattr(finetune, "F", BrokenLoss({2, 3, 4}))
+    with pytest.raises(UserError, match="step 4"):
+        run("again", max_tokens=10**6, skip_bad_steps=2, num_steps=7)

@@ -1,0 +1,369 @@
+"""Checkpoints: whole or not at all, checked when they are read, and resumed exactly.
+
+`output_dir`/checkpoint-<step>/ is a model folder as the end of a run leaves it, and in resume/:
+the fp32 weights and AdamW's state (torch.distributed.checkpoint: one layout for any number of
+ranks), and state.json: position, flags, random states, versions, and a checksum of every file.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import tempfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+
+from util.config import Config, UserError
+from util.logutil import versions
+
+logger = logging.getLogger("finetune")
+
+# Of a run that a signal has stopped after a save: EX_TEMPFAIL of sysexits.h, "try again later".
+EXIT_STOPPED = 75
+# Flags that a resumed run may change; all others set the mathematics.
+MACHINE_SETTINGS = {
+    *("output_dir", "num_epochs", "max_steps", "max_tokens", "num_workers", "device"),
+    *("save_steps", "keep_checkpoints", "resume_from", "skip_bad_steps", "eval_steps", "eval_data"),
+}
+# Bytes of a parameter in a checkpoint: fp32 weight, two fp32 moments, bf16 weight.
+BYTES_PER_PARAMETER = 4 + 8 + 2
+STATE_FILE = Path("resume") / "state.json"
+# Cut back on resume, so that every step is in them once.
+REWOUND_FILES = ("metrics.jsonl", "train.log")
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGINT, so that the loop can finish its step and save.
+
+    A second signal ends the process at once.
+    """
+
+    def __init__(self):
+        self.name = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        if self.name:  # a second one that came before the first was noted
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.name = signal.Signals(number).name
+        for other in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(other, signal.SIG_DFL)
+        logger.warning(f"{self.name}: saving after this step; a second signal ends at once")
+
+
+# ---------------------------------------------------------------- save
+
+
+def make_output_dir(config: Config, checkpoint: Path | None) -> Path:
+    """Return the output folder, made; new or empty, or that of the run to resume.
+
+    Raises UserError where it is neither, or cannot be written.
+    """
+    output_dir = Path(config.output_dir)
+    if checkpoint:
+        if output_dir.resolve() != checkpoint.resolve().parent:
+            raise UserError(
+                f"--output_dir {output_dir}: a resumed run goes on in its own folder, "
+                f"{checkpoint.parent}"
+            )
+    elif output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        hint = ": --resume_from latest goes on with it" if list_checkpoints(output_dir) else ""
+        raise UserError(f"--output_dir {output_dir}: exists and is not an empty folder{hint}")
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir}: cannot be written: {error}") from error
+    return output_dir
+
+
+def save_checkpoint(
+    global_step: int, model, optimizer, export, config: Config, data_digest: str, eval_loss
+) -> bool:
+    """Write checkpoint-<global_step> of a run and say whether it is there; old ones are deleted.
+
+    `export(folder)` writes the model folder. Called by all ranks. Where it fails (a full disk, a
+    vanished folder), that is logged, nothing is left of it, and earlier ones are untouched.
+    """
+    output_dir = Path(config.output_dir)
+    final = output_dir / f"checkpoint-{global_step}"
+    partial = output_dir / f".checkpoint-{global_step}.partial"
+    state = {
+        "global_step": global_step,
+        "config": dataclasses.asdict(config),
+        "data_digest": data_digest,
+        "eval_loss": eval_loss,
+    }
+    try:
+        _on_main_process(lambda: _start_writing(partial, model))
+        tensors = _state_dict(model, optimizer)
+        with _quiet():
+            no_dist = not dist.is_initialized()
+            dcp.save(tensors, checkpoint_id=partial / "resume", no_dist=no_dist)
+        export(partial)
+        _on_main_process(lambda: config.save(partial / "config_used.json"))
+        _on_main_process(lambda: _finish_writing(partial, final, state))
+        _on_main_process(lambda: _prune(output_dir, config.keep_checkpoints))
+    except (OSError, CheckpointException) as error:
+        logger.error(
+            f"{final} could not be written; training goes on, and the next save tries again: "
+            f"{' '.join(str(error).split())[:300]}"
+        )
+        _on_main_process(lambda: shutil.rmtree(partial, ignore_errors=True))
+        return False
+    return True
+
+
+def _state_dict(model, optimizer) -> dict:
+    """Return weights and optimizer state under names that do not depend on the ranks."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=options)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+@contextmanager
+def _quiet():
+    """Without the warning that a single process is a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _start_writing(partial: Path, model) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    needed = BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters())
+    free = shutil.disk_usage(partial.parent).free
+    if free < needed:
+        message = f"it needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free"
+        raise OSError(errno.ENOSPC, message, str(partial.parent))
+    partial.mkdir()
+
+
+def _finish_writing(partial: Path, final: Path, state: dict) -> None:
+    files = (final.parent / name for name in REWOUND_FILES)
+    sizes = {file.name: file.stat().st_size for file in files if file.is_file()}
+    paths = sorted(path for path in partial.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter lock
+        checksums = list(pool.map(_checksum, paths))
+    written = {
+        str(path.relative_to(partial)): [path.stat().st_size, checksum]
+        for path, checksum in zip(paths, checksums)
+    }
+    state = {**state, "random_states": _random_states(), "versions": versions()}
+    state |= {"sizes": sizes, "files": written}
+    text = json.dumps({"state": state, "sha256": _digest(state)}, indent=1)
+    (partial / STATE_FILE).write_text(text, encoding="utf-8")
+    for path in (*paths, partial / STATE_FILE, partial / "resume", partial):
+        _flush(path)
+    if final.exists():
+        _remove(final)
+    os.rename(partial, final)
+    _flush(final.parent)
+
+
+def _flush(path: Path) -> None:
+    """Make the system write a file or folder to the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _prune(output_dir: Path, keep: int) -> None:
+    """Keep the newest `keep` checkpoints, and the best by held-out loss."""
+    checkpoints = list_checkpoints(output_dir)
+    losses = {}
+    for path in checkpoints:
+        try:
+            losses[path] = _read_state(path)["eval_loss"]
+        except (OSError, ValueError, KeyError):
+            continue  # damaged: resuming will say so
+    measured = [path for path, loss in losses.items() if loss is not None]
+    best = min(measured, key=losses.get, default=None)
+    for path in checkpoints[keep:]:
+        if path != best:
+            _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint so that no half of it ever looks like one."""
+    doomed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+# ---------------------------------------------------------------- resume
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Return the checkpoints of a run, newest first."""
+    found = [
+        (int(match[1]), path)
+        for path in output_dir.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def find_checkpoint(config: Config) -> Path:
+    """Return the undamaged checkpoint that --resume_from names.
+
+    Raises UserError where there is none. A damaged one is named, and "latest" goes on to the one
+    before.
+    """
+    if config.resume_from != "latest":
+        folder = Path(config.resume_from)
+        if problem := damage(folder):
+            raise UserError(f"--resume_from {folder}: {problem}")
+        return folder
+    output_dir = Path(config.output_dir) if config.output_dir else _newest_run_with_checkpoints()
+    for folder in list_checkpoints(output_dir):
+        if not (problem := damage(folder)):
+            return folder
+        logger.warning(f"{folder} is damaged ({problem}): going back to the one before")
+    raise UserError(f"--resume_from latest: {output_dir} holds no usable checkpoint")
+
+
+def _newest_run_with_checkpoints() -> Path:
+    states = Path("train_output").glob(f"*/checkpoint-*/{STATE_FILE}")
+    newest = max(states, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
+        raise UserError("--resume_from latest: no run under train_output has a checkpoint")
+    return newest.parents[2]
+
+
+def damage(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint's files, or None."""
+    try:
+        state = _read_state(folder)
+        for name, (size, checksum) in state["files"].items():
+            if (folder / name).stat().st_size != size:
+                return f"{name} has {(folder / name).stat().st_size} bytes, not {size}"
+            if _checksum(folder / name) != checksum:
+                return f"{name} does not have the checksum that it was written with"
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{STATE_FILE} cannot be read: {error}"
+    return None
+
+
+def _read_state(folder: Path) -> dict:
+    content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    if content["sha256"] != _digest(content["state"]):
+        raise ValueError("it does not have the checksum that it was written with")
+    return content["state"]
+
+
+def check_same_run(folder: Path, config: Config, data_digest: str) -> None:
+    """Raise UserError naming every hyper-parameter, and the data, that differ from a checkpoint."""
+    state = _read_state(folder)
+    present = dataclasses.asdict(config)
+    differences = [
+        f"  --{name}: was {state['config'].get(name)}, is {value}"
+        for name, value in present.items()
+        if name not in MACHINE_SETTINGS and state["config"].get(name) != value
+    ]
+    if state["data_digest"] != data_digest:
+        differences.append("  --train_data: the content of the data files has changed")
+    if differences:
+        raise UserError(
+            f"{folder} belongs to another run:\n" + "\n".join(differences) + "\nGive the flags "
+            "that it was started with, or start a new run from its weights: "
+            f"--model_name_or_path {folder}"
+        )
+
+
+def rewind_files(folder: Path) -> None:
+    """Cut log and metrics back to where they were when a checkpoint was written.
+
+    What an interrupted save or removal has left is deleted.
+    """
+    for leftover in folder.parent.glob(".checkpoint-*"):
+        shutil.rmtree(leftover)
+    for name, size in _read_state(folder)["sizes"].items():
+        path = folder.parent / name
+        if path.is_file() and path.stat().st_size > size:
+            os.truncate(path, size)
+
+
+def load_checkpoint(folder: Path, model, optimizer) -> int:
+    """Put a checkpoint into `model` and `optimizer`; return the number of steps done.
+
+    Called by all ranks, of which there may be another number than when it was written.
+    """
+    tensors = _state_dict(model, optimizer)
+    with _quiet():
+        dcp.load(tensors, checkpoint_id=folder / "resume", no_dist=not dist.is_initialized())
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=tensors["model"],
+        optim_state_dict=tensors["optimizer"],
+        options=StateDictOptions(flatten_optimizer_state_dict=True),
+    )
+    state = _read_state(folder)
+    _restore_random_states(state["random_states"])
+    return state["global_step"]
+
+
+def _random_states() -> dict[str, str]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {device: bytes(state.tolist()).hex() for device, state in states.items()}
+
+
+def _restore_random_states(states: dict[str, str]) -> None:
+    states = {
+        device: torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+        for device, text in states.items()
+    }
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _on_main_process(action) -> None:
+    """Run `action` on the main process; an OSError there is raised on every rank."""
+    error = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as reason:
+            error = [reason]
+    if dist.is_initialized():
+        dist.broadcast_object_list(error)
+    if error[0] is not None:
+        raise error[0]
