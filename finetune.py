@@ -19,7 +19,14 @@ from tqdm import tqdm
 
 from util.config import Config, UserError, fill_defaults, parse_config, run_main
 from util.data_util import load_records
-from util.logutil import append_metrics, peak_memory_gib, plot_loss, setup_logging
+from util.logutil import (
+    append_metrics,
+    check_report_to,
+    open_reporter,
+    peak_memory_gib,
+    plot_loss,
+    setup_logging,
+)
 from util.model_util import (
     InputBuilder,
     build_encoder,
@@ -55,6 +62,7 @@ def train(config: Config, model, build_inputs, dataset, plan, num_steps, device,
     micro_batches = load_micro_batches(
         dataset, plan.steps(0, num_steps), 0, config.num_workers, device.type == "cuda"
     )
+    report = open_reporter(config, output_dir)
     progress = tqdm(total=num_steps, unit="step", dynamic_ncols=True, disable=None)
 
     for step in plan.steps(0, num_steps):
@@ -106,6 +114,7 @@ def train(config: Config, model, build_inputs, dataset, plan, num_steps, device,
             "peak_memory_gib": peak_memory_gib(device),
         }
         append_metrics(output_dir / "metrics.jsonl", metrics)
+        report(metrics)
         line = f"loss {loss:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s"
         progress.set_postfix_str(line)
         progress.update()
@@ -124,6 +133,7 @@ def main() -> None:
             "*** For the real one: --model_name_or_path Qwen/Qwen2-VL-2B-Instruct (or a folder)."
         )
     config = fill_defaults(config, device.type)
+    check_report_to(config.report_to)
     output_dir = Path(config.output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"--output_dir {output_dir}: exists and is not an empty folder")

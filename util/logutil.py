@@ -1,13 +1,18 @@
 """The log, the metrics file, and the loss plot."""
 
+import dataclasses
+import importlib.util
 import json
 import logging
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from util.config import Config, UserError
 
 logger = logging.getLogger("finetune")
 
@@ -37,6 +42,34 @@ def append_metrics(path: Path, metrics: dict) -> None:
     """Append one JSON object to a metrics.jsonl, whole."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(metrics) + "\n")
+
+
+def check_report_to(report_to: str) -> None:
+    """Raise UserError where the package that --report_to names is not installed."""
+    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+        raise UserError(f"--report_to {report_to}: is not installed: pip install {report_to}")
+
+
+def open_reporter(config: Config, output_dir: Path) -> Callable[[dict], None]:
+    """Return the function that sends one object of metrics.jsonl where --report_to says."""
+    if config.report_to == "none":
+        return lambda metrics: None
+    if config.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(output_dir)
+
+        def report(metrics: dict) -> None:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, metrics["global_step"])
+            writer.flush()  # else the last two minutes of a run that is killed are lost
+
+        return report
+    # wandb, and trackio, which is made to be called like it. Both finish when Python exits.
+    package = importlib.import_module(config.report_to)
+    flags = dataclasses.asdict(config)
+    package.init(project="finetune-Qwen2-VL", name=output_dir.name, config=flags)
+    return lambda metrics: package.log(metrics, step=metrics["global_step"])
 
 
 def peak_memory_gib(device: torch.device) -> float:
