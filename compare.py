@@ -32,10 +32,12 @@ def load_answers(path: str) -> dict:
     try:
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
         rows = saved["answers"]
+        if not rows:
+            raise ValueError("it holds no answers")
         for row in rows:
             row["messages"] = parse_conversation(row)
-            texts = (row["id"], row["answer"], row["reference"] or "")
-            if not all(isinstance(text, str) for text in texts):
+            texts = [row["id"], row["answer"], row["reference"]]
+            if not all(isinstance(text, str) for text in texts[: 2 if texts[2] is None else 3]):
                 raise ValueError("id, answer and reference must be strings")
             row["seconds"] = float(row["seconds"])
         return {

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import sys
+import time
 
 import pytest
 from conftest import (
@@ -71,9 +72,14 @@ def test_own_metric(tmp_path):
         "def broken(answer, reference):\n    return 1 / 0\n"
         "def nan(answer, reference):\n    return float('nan')\n"
         "number = 3\n"
+        "calls = []\n"
+        "def counted(answer, reference):\n    calls.append(answer)\n    return len(calls)\n"
     )
     assert load_metric(None) is None
     assert load_metric(f"{path}:first")("abc", "axe") == 1.0
+    counted = load_metric(f"{path}:counted")
+    # Asked again, it is not called again: it may be slow.
+    assert [counted("a", "b"), counted("a", "b"), counted("a", "c")] == [1, 1, 2]
     for name, words in {"broken": "ZeroDivisionError", "nan": "returned nan"}.items():
         with pytest.raises(UserError, match=words):
             load_metric(f"{path}:{name}")("a", "b")
@@ -111,6 +117,18 @@ def test_marks_go_by_words_and_by_chinese_characters():
     )
     assert [part for part, differs in first if differs] == ["\u7ea2"]
     assert [part for part, differs in second if differs] == ["\u84dd"]
+
+
+def test_answers_that_repeat_themselves_are_marked_in_no_time():
+    started = time.perf_counter()
+    mark_differences("a b " * 1500, "b c " * 1500)
+    mark_differences("\u5f20" * 3000, "\u5f20" * 2000 + "\u738b" * 500)
+    assert time.perf_counter() - started < 20
+    assert mark_differences("a b " * 500, "a b " * 500)[0] == [("a b " * 500, False)]
+    words = [str(i) for i in range(500)]
+    first, second = mark_differences(" ".join(words), " ".join([*words[:99], "x", *words[99:]]))
+    assert all(not differs for text, differs in first if text != " ")
+    assert "".join(text for text, differs in second if differs).split() == ["x"]
 
 
 def test_what_cannot_be_seen_is_shown():
@@ -324,7 +342,15 @@ def test_other_prompts_are_an_error_that_names_them(answers, make_page, tmp_path
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{}", '{"model": "m", "settings": {}, "answers": [{}]}', '{"answers": 3}', "\ufffd"],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"model": "m", "settings": {}, "answers": []}',
+        '{"model": "m", "settings": {}, "answers": [{}]}',
+        '{"answers": 3}',
+        "\ufffd",
+    ],
 )
 def test_other_files_are_an_error(answers, make_page, tmp_path, content):
     path = tmp_path / "x.json"

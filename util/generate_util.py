@@ -141,7 +141,7 @@ def describe(config: Config, arguments, device, dtype, attention: str) -> dict:
     names = ("min_pixels", "max_pixels", "video_fps", "video_max_frames", "video_max_pixels")
     return {
         **{name: getattr(config, name) for name in names},
-        "prompts": arguments.prompts,
+        "prompts": portable(arguments.prompts),
         "max_new_tokens": arguments.max_new_tokens,
         "batch_size": arguments.batch_size,
         "device": str(device),

@@ -1,5 +1,6 @@
 """Scores of answers that have a reference; the same for tests, comparison and training."""
 
+import functools
 import importlib.util
 import math
 from collections.abc import Callable
@@ -79,6 +80,7 @@ def load_metric(name: str | None) -> Metric | None:
     if not callable(function):
         raise UserError(f"--metric {name}: {path} has no function {attribute!r}")
 
+    @functools.cache  # it may be slow, such as a request to a model that judges
     def metric(answer: str, reference: str) -> float:
         try:
             value = float(function(answer, reference))
