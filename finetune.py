@@ -32,6 +32,8 @@ from util.checkpoint_util import (
 from util.config import Config, UserError, fill_defaults, parse_config, run_main
 from util.logutil import (
     MetricsFile,
+    check_report_to,
+    open_reporter,
     peak_memory_gib,
     plot_loss,
     setup_logging,
@@ -64,7 +66,8 @@ def train(
     checkpoint: Path | None = None,
 ) -> None:
     """Train `model` in place for `num_steps` optimizer steps, from `checkpoint` or the start."""
-    metrics_file = MetricsFile(Path(config.output_dir) / "metrics.jsonl")
+    output_dir = Path(config.output_dir)
+    metrics_file = MetricsFile(output_dir / "metrics.jsonl", open_reporter(config, output_dir))
     build_inputs = InputBuilder(processor, model.config._attn_implementation, device)
     export = partial(export_model, model, processor)
     model.train()
@@ -190,6 +193,7 @@ def main() -> None:
         )
     checkpoint = find_checkpoint(config) if config.resume_from else None
     config = fill_defaults(config, device.type, checkpoint and checkpoint.parent)
+    check_report_to(config.report_to)
     output_dir = make_output_dir(config, checkpoint)
 
     # Everything that can be wrong with the data is known before the model is loaded.

@@ -39,8 +39,16 @@ def test_every_other_command_runs(command, tmp_path):
         # Some run is needed; what a trained one answers is tested in test_end_to_end.py.
         run_script("finetune.py", "--max_steps", 1, "--output_dir", tmp_path / "run")
         words += ["--model_dir", str(tmp_path / "run")]
+    if "--save" in words:
+        words[words.index("--save") + 1] = str(tmp_path / "answers.json")
     if words[1].startswith("test_on"):
         words += ["--max_new_tokens", "2"]
+    if words[1] == "compare.py":
+        for name in ("base.json", "trained.json"):
+            options = ("--max_new_tokens", 2, "--save", tmp_path / name)
+            run_script("test_on_official_model.py", "--model_name_or_path", "tiny", *options)
+        words[2:4] = [str(tmp_path / "base.json"), str(tmp_path / "trained.json")]
+        words[-1] = str(tmp_path / "compare.html")
     assert run_script(*words[1:])
 
 

@@ -116,6 +116,11 @@ class Config:
     num_workers: int = HfArg(default=2, help="processes that read and decode the data")
     device: str | None = HfArg(default=None, help="cuda, cuda:1, cpu. Left out: cuda, else cpu")
 
+    # -- what is written
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = HfArg(
+        default="none", help="send the metrics there too; tensorboard: into output_dir"
+    )
+
     def __post_init__(self):
         for name in (
             *("num_epochs", "max_steps", "batch_size", "learning_rate", "max_grad_norm"),

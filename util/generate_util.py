@@ -1,12 +1,16 @@
 """Answer prompts with a model: what the two test scripts share."""
 
 import argparse
+import json
 import logging
+import os
+import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from torch.nn.utils.rnn import pad_sequence
 
 from util.config import Config, UserError
@@ -21,6 +25,7 @@ from util.model_util import (
     load_processor,
 )
 from util.sample_util import Sample, SampleEncoder
+from util.score_util import load_metric, score_all
 
 logger = logging.getLogger("finetune")
 
@@ -43,6 +48,10 @@ def parse_arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer, in tokens")
     parser.add_argument("--batch_size", type=int, default=4, help="prompts answered at once")
     parser.add_argument("--device", help="cuda, cuda:1, cpu. Left out: cuda, else cpu")
+    parser.add_argument("--save", metavar="FILE", help="write the answers as JSON, for compare.py")
+    parser.add_argument(
+        "--metric", metavar="FILE.py:FUNCTION", help="your own score: function(answer, reference)"
+    )
     return parser.parse_args()
 
 
@@ -81,6 +90,9 @@ def load_prompts(path: str) -> list[Prompt]:
 def answer_prompts(name: str, config: Config, arguments: argparse.Namespace) -> None:
     """Load model `name` with the pixel limits of `config`, answer all prompts, print them."""
     device = choose_device(arguments.device)
+    metric = load_metric(arguments.metric)
+    if arguments.save and Path(arguments.save).is_dir():
+        raise UserError(f"--save {arguments.save}: is a folder, not a file")
     prompts = load_prompts(arguments.prompts)
     folder = find_model(name)
     processor = load_processor(folder, config)
@@ -95,25 +107,91 @@ def answer_prompts(name: str, config: Config, arguments: argparse.Namespace) -> 
         f"video frames up to {config.video_max_pixels} at {config.video_fps:g} a second\n"
     )
 
-    num_equal, prompts_folder = 0, Path(arguments.prompts).parent
+    answers, rows, prompts_folder = [], [], Path(arguments.prompts).parent
     for start in range(0, len(prompts), arguments.batch_size):
         chosen = prompts[start : start + arguments.batch_size]
         started = time.perf_counter()
-        samples = []
-        for prompt in chosen:
-            try:
-                samples.append(encoder.encode_prompt(prompt.messages, prompts_folder))
-            except ValueError as error:
-                raise UserError(f"{arguments.prompts}: {prompt.id}: {error}") from error
-        answers = generate(model, encoder, build_inputs, samples, arguments.max_new_tokens)
+        samples = encode_prompts(arguments.prompts, chosen, encoder)
+        new_answers = generate(model, encoder, build_inputs, samples, arguments.max_new_tokens)
         seconds = time.perf_counter() - started
-        for prompt, answer in zip(chosen, answers):
-            num_equal += answer == prompt.reference
+        for prompt, answer in zip(chosen, new_answers):
             print_answer(prompt, answer)
+            rows.append(answer_row(prompt, answer, seconds / len(chosen), encoder, prompts_folder))
+        answers += new_answers
         logger.info(f"{len(chosen)} answers in {seconds:.1f} s")
-    references = [prompt for prompt in prompts if prompt.reference is not None]
-    if references:
-        print(f"{num_equal} of {len(references)} answers equal their reference word for word")
+    print_scores(score_all(answers, [prompt.reference for prompt in prompts], metric))
+    if arguments.save:
+        save_answers(arguments, name, rows, describe(config, arguments, device, dtype, attention))
+
+
+def encode_prompts(path: str, prompts: list[Prompt], encoder: SampleEncoder) -> list[Sample]:
+    """Return the samples of prompts from the file `path`. Raises UserError naming the prompt."""
+    samples = []
+    for prompt in prompts:
+        try:
+            samples.append(encoder.encode_prompt(prompt.messages, Path(path).parent))
+        except ValueError as error:
+            raise UserError(f"{path}: {prompt.id}: {error}") from error
+    return samples
+
+
+def describe(config: Config, arguments, device, dtype, attention: str) -> dict:
+    """Return everything beside the model that answers depend on."""
+    names = ("min_pixels", "max_pixels", "video_fps", "video_max_frames", "video_max_pixels")
+    return {
+        **{name: getattr(config, name) for name in names},
+        "prompts": portable(arguments.prompts),
+        "max_new_tokens": arguments.max_new_tokens,
+        "batch_size": arguments.batch_size,
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "attention": attention,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def portable(path: str | Path) -> str:
+    """Return a path as it is written into files: from the current folder where it is below it."""
+    absolute = os.path.abspath(path)
+    relative = os.path.relpath(absolute)
+    return absolute if relative.startswith("..") else Path(relative).as_posix()
+
+
+def answer_row(
+    prompt: Prompt, answer: str, seconds: float, encoder: SampleEncoder, folder: Path
+) -> dict:
+    """Return one entry of "answers" in the file of --save, media paths found and portable.
+
+    `seconds` is the prompt's share of the time that its batch took.
+    """
+    messages = encoder.prepare({"messages": prompt.messages}, folder)
+    for _, item in media_of(messages):
+        item[item["type"]] = portable(item[item["type"]])
+    return {
+        "id": prompt.id,
+        "messages": messages,
+        "reference": prompt.reference,
+        "answer": answer,
+        "seconds": round(seconds, 3),
+    }
+
+
+def save_answers(arguments, name: str, rows: list[dict], settings: dict) -> None:
+    """Write the file of --save: the model, its settings, where its metrics are, its answers."""
+    # A checkpoint of a run lies one folder below the metrics.
+    candidates = [Path(name) / "metrics.jsonl", Path(name).parent / "metrics.jsonl"]
+    metrics = next((portable(p) for p in candidates if Path(name).is_dir() and p.is_file()), None)
+    saved = {"model": name, "settings": settings, "metrics": metrics, "answers": rows}
+    try:
+        Path(arguments.save).parent.mkdir(parents=True, exist_ok=True)
+        Path(arguments.save).write_text(
+            json.dumps(saved, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+        )
+    except OSError as error:
+        raise UserError(f"--save {arguments.save}: cannot be written: {error}") from error
+    print(f"saved to {arguments.save}")
 
 
 def generate(
@@ -172,3 +250,13 @@ def print_answer(prompt: Prompt, answer: str) -> None:
     if prompt.reference is not None:
         print(f"reference: {prompt.reference}")
     print(flush=True)
+
+
+def print_scores(scores: dict) -> None:
+    """Print the total scores in one line; nothing where no prompt has a reference."""
+    if scores["num_scored"]:
+        own = "" if scores["metric"] is None else f"; --metric {scores['metric']:.4f}"
+        print(
+            f"{scores['num_exact']} of {scores['num_scored']} answers equal their reference word "
+            f"for word; character error rate {scores['character_error_rate']:.1%}{own}"
+        )

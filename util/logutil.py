@@ -1,18 +1,22 @@
 """The log, the metrics file, and the loss plot."""
 
+import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import os
 import platform
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from util.check_requirements import read_requirements
+from util.config import Config, UserError
 
 logger = logging.getLogger("finetune")
 
@@ -42,15 +46,16 @@ class MetricsFile:
     """Appends JSON objects to a metrics.jsonl, each of them once.
 
     Where that fails (a full disk, a vanished folder), that is logged, and the objects wait until
-    it works again.
+    it works again. `report` is called with each of them.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, report: Callable[[dict], None] = lambda row: None):
+        self.path, self.report = path, report
         self._waiting = []
 
     def append(self, row: dict) -> None:
         """Append `row` and whatever waits."""
+        self.report(row)
         self._waiting.append(json.dumps(row) + "\n")
         try:
             with self.path.open("ab") as file:
@@ -83,6 +88,35 @@ def untested_versions() -> str:
         for name, version in versions().items()
         if name in pins and version.split("+")[0] != pins[name]
     )
+
+
+def check_report_to(report_to: str) -> None:
+    """Raise UserError where the package that --report_to names is not installed."""
+    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+        raise UserError(f"--report_to {report_to}: is not installed: pip install {report_to}")
+
+
+def open_reporter(config: Config, output_dir: Path) -> Callable[[dict], None]:
+    """Return the function that sends one object of metrics.jsonl where --report_to says."""
+    if config.report_to == "none":
+        return lambda metrics: None
+    if config.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(output_dir)
+
+        def report(metrics: dict) -> None:
+            for name, value in metrics.items():
+                if value is not None:  # a step that was skipped has no loss
+                    writer.add_scalar(name, value, metrics["global_step"])
+            writer.flush()  # else the last two minutes of a run that is killed are lost
+
+        return report
+    # wandb, and trackio, which is made to be called like it. Both finish when Python exits.
+    package = importlib.import_module(config.report_to)
+    flags = dataclasses.asdict(config)
+    package.init(project="finetune-Qwen2-VL", name=output_dir.name, config=flags)
+    return lambda metrics: package.log(metrics, step=metrics["global_step"])
 
 
 def peak_memory_gib(device: torch.device) -> float:

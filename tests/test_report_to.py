@@ -1,0 +1,63 @@
+"""--report_to: the metrics arrive where they are sent, and a missing package is known at once."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+from conftest import assistant, user, write_data
+
+import finetune
+from util.config import UserError
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path):
+    """Train two steps with --report_to; return the rows of metrics.jsonl."""
+    data = write_data(tmp_path / "d.json", [[user("Hi"), assistant("Hello.")]])
+
+    def run(report_to):
+        flags = ("--model_name_or_path", "tiny", "--device", "cpu", "--num_workers", "0")
+        flags = (*flags, "--train_data", data, "--max_steps", "2", "--report_to", report_to)
+        flags = (*flags, "--output_dir", str(tmp_path / "out"))
+        monkeypatch.setattr(sys, "argv", ["finetune.py", *flags])
+        finetune.main()
+        lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    return run
+
+
+def test_tensorboard_holds_what_metrics_jsonl_holds(train, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    rows = train("tensorboard")
+    events = accumulator.EventAccumulator(str(tmp_path / "out"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == set(rows[0])
+    for name in rows[0]:
+        scalars = events.Scalars(name)
+        assert [scalar.step for scalar in scalars] == [1, 2]
+        values = [scalar.value for scalar in scalars]
+        assert values == pytest.approx([row[name] for row in rows], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_wandb_and_trackio_are_called_as_they_want_it(train, tmp_path, monkeypatch, name):
+    (tmp_path / f"{name}.py").write_text(
+        "calls = []\n"
+        "def init(*, project, name, config):\n    calls.append((name, config['max_steps']))\n"
+        "def log(metrics, step):\n    calls.append((step, metrics['loss']))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    rows = train(name)
+    expected = [("out", 2), (1, rows[0]["loss"]), (2, rows[1]["loss"])]
+    assert sys.modules[name].calls == expected
+    monkeypatch.delitem(sys.modules, name)
+
+
+def test_a_missing_package_is_an_error_before_anything_is_made(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="not installed: pip install trackio"):
+        train("trackio")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,153 @@
+"""What the comparison page shows beside text: pictures, clips, marked words, loss curves."""
+
+import base64
+import difflib
+import io
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from util.vision_util import VideoReader, check_local_file, read_image
+
+MAX_PICTURE_SIDE = 720  # pixels; larger pictures are shrunk
+MAX_CLIP_BYTES = 16 * 2**20  # larger clips are shown by one frame
+# What browsers play. Phones write .mov, which is .mp4 under another name.
+CLIP_TYPES = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mp4", ".webm": "webm", ".ogv": "ogg"}
+# A word of text, or one character of a script that is written without spaces (Chinese, Japanese).
+CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+# Control characters but tab and line feed, and those that turn the direction of writing.
+INVISIBLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+WORD = re.compile(rf"[{CJK}]|[^\W{CJK}]+|\s+|.")
+
+
+def mark_differences(first: str, second: str) -> list[list[tuple[str, bool]]]:
+    """Return both texts in pieces (text, differs from the other text), compared word by word."""
+    words = [WORD.findall(first), WORD.findall(second)]
+    pieces = [[], []]
+    # In long texts the matcher anchors on no word that makes up over 1 %: an answer that repeats
+    # itself a thousand times would take it minutes.
+    matcher = difflib.SequenceMatcher(None, *words)
+    if first == second:
+        return [[(make_visible(first), False)]] * 2 if first else pieces
+    for tag, *ends in matcher.get_opcodes():
+        for side in (0, 1):
+            text = "".join(words[side][ends[2 * side] : ends[2 * side + 1]])
+            # A space that happens to stand in both texts would cut one mark into many.
+            differs = tag != "equal" or text == " "
+            if text and pieces[side] and pieces[side][-1][1] == differs:
+                text = pieces[side].pop()[0] + text
+            if text:
+                pieces[side].append((text, differs))
+    return [[(make_visible(text), differs) for text, differs in side] for side in pieces]
+
+
+def make_visible(text: str) -> str:
+    """Return `text` with control characters as escapes, and many empty lines as one line of marks.
+
+    A model that has learned nothing answers with a hundred line breaks.
+    """
+    text = re.sub(r"\n{3,}", lambda run: "\u21b5" * len(run[0]) + "\n", text)
+    return INVISIBLE.sub(lambda character: ascii(character[0])[1:-1], text)
+
+
+def data_uri(content: bytes, media_type: str) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+
+
+def picture_uri(image: Image.Image) -> str:
+    """Return a picture as a data URI, shrunk to what a page needs."""
+    image.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return data_uri(buffer.getvalue(), "image/jpeg")
+
+
+def embed(item: dict, folder: Path) -> dict:
+    """Return a picture or clip as the template wants it: type, name, uri, still, note.
+
+    `uri` is None for a clip that is not embedded, `still` the middle frame of a clip. What cannot
+    be read is named on the page and on the terminal.
+    """
+    path = item[item["type"]]
+    media = {"type": item["type"], "name": Path(path).name, "uri": None, "still": None, "note": ""}
+    found = next((p for p in (Path(path), folder / path) if p.exists()), Path(path))
+    try:
+        check_local_file(str(found))
+        if item["type"] == "image":
+            pixels = read_image(str(found)).permute(1, 2, 0).numpy()
+            return media | {"uri": picture_uri(Image.fromarray(pixels))}
+        with VideoReader(str(found)) as reader:
+            frame = reader.get_frames_at([len(reader) // 2], *reader.size)[0]
+            media["still"] = picture_uri(Image.fromarray(frame.permute(1, 2, 0).numpy()))
+        if found.suffix.lower() not in CLIP_TYPES:
+            return media | {"note": f"one frame: browsers do not play {found.suffix or 'this'}"}
+        if found.stat().st_size > MAX_CLIP_BYTES:
+            return media | {"note": f"one frame: over {MAX_CLIP_BYTES >> 20} MiB, not embedded"}
+        kind = CLIP_TYPES[found.suffix.lower()]
+        return media | {"uri": data_uri(found.read_bytes(), f"video/{kind}")}
+    except Exception as error:  # whatever a decoder throws: the page says which file it was
+        print(f"warning: {path}: cannot be shown: {error}", file=sys.stderr)
+        return media | {"note": f"cannot be shown: {error}"}
+
+
+def read_curve(path: str, folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return the (step, value) points of a metrics.jsonl: each loss, its mean, held-out losses."""
+    found = next((p for p in (Path(path), folder / path) if p.is_file()), Path(path))
+    try:
+        rows = [json.loads(line) for line in found.read_text(encoding="utf-8").splitlines()]
+        points = {
+            name: [(int(row["global_step"]), float(row[name])) for row in rows if name in row]
+            for name in ("loss", "eval_loss")
+        }
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        print(f"warning: {path}: no loss curve: {error!r}", file=sys.stderr)
+        return {}
+    points = {name: [p for p in line if math.isfinite(p[1])] for name, line in points.items()}
+    window = max(1, len(points["loss"]) // 20)
+    recent = [points["loss"][max(0, i - window + 1) : i + 1] for i in range(len(points["loss"]))]
+    points["mean"] = [(part[-1][0], sum(value for _, value in part) / len(part)) for part in recent]
+    return points
+
+
+def draw_curves(files: list[dict]) -> dict | None:
+    """Return the loss curves of the runs as the template draws them, None where there is none.
+
+    `width` and `height` of the drawing area; `lines`: (file number, name, SVG points);
+    `x_ticks` and `y_ticks`: (position, label).
+    """
+    width, height = 400, 150
+    paths = [file["metrics"] for file in files]
+    folders = [Path(file["path"]).parent for file in files]
+    curves = [read_curve(str(p), f) if p else {} for p, f in zip(paths, folders)]
+    # Base and trained model can name the same run: one curve then.
+    curves[0] = {} if paths[0] == paths[1] else curves[0]
+    points = [point for curve in curves for line in curve.values() for point in line]
+    if not points:
+        return None
+    last_step, top = max(1, *(x for x, _ in points)), max(1e-6, *(y for _, y in points))
+    x_ticks = {last_step * part // 4 for part in range(5)}
+    step = 10.0 ** math.floor(math.log10(top))
+    step = next(step * factor for factor in (0.25, 0.5, 1, 2.5) if top <= 4 * step * factor)
+    top = math.ceil(top / step) * step
+
+    def place(x: float, y: float) -> str:
+        return f"{width * x / last_step:.1f},{height * (1 - y / top):.1f}"
+
+    return {
+        "width": width,
+        "height": height,
+        "lines": [
+            (side, name, " ".join(place(*point) for point in line))
+            for side, curve in enumerate(curves)
+            for name, line in curve.items()
+            if line
+        ],
+        "x_ticks": [(width * x / last_step, x) for x in sorted(x_ticks)],
+        "y_ticks": [
+            (height * (1 - n * step / top), f"{n * step:g}") for n in range(round(top / step) + 1)
+        ],
+    }
