@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from util.config import UserError
-from util.vision_util import PixelPolicy, check_local_file, load_media, probe_media
+from util.media_source import check_local_file, check_media_item, describe, local_path, map_paths
+from util.vision_util import PixelPolicy, load_media, probe_media
 
 IGNORE = -100  # label of a token that is not trained
 ROLES = ("system", "user", "assistant")
@@ -79,9 +80,15 @@ def _parse_item(where: str, item) -> dict:
     kind = item.get("type")
     if kind not in ("text", *MEDIA_TYPES):
         raise ValueError(f"{where}: unknown type {kind!r}: use text, image or video")
-    if not isinstance(item.get(kind), str) or (kind in MEDIA_TYPES and not item[kind]):
-        raise ValueError(f'{where}: an item of type {kind} needs a string "{kind}"')
-    if extra := set(item) - {"type", kind}:
+    if kind in MEDIA_TYPES:
+        try:
+            check_media_item(item)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        return item
+    if not isinstance(item.get("text"), str):
+        raise ValueError(f'{where}: an item of type text needs a string "text"')
+    if extra := set(item) - {"type", "text"}:
         raise ValueError(f"{where}: unknown key {min(extra)!r}")
     return item
 
@@ -170,14 +177,14 @@ class SampleEncoder:
                     )
         for i, item in media_of(messages):
             try:
-                item[item["type"]] = self.find_file(item[item["type"]])
+                item[item["type"]] = map_paths(self.find_file, item[item["type"]])
             except (ValueError, OSError) as error:
                 raise ValueError(f"message {i}: {error}") from error
         return messages
 
     def find_file(self, path: str) -> str:
         """Return where a media path of the data file is: the current folder, else the data's."""
-        path = path.removeprefix("file://")
+        path = local_path(path)
         for candidate in dict.fromkeys((Path(path), self.data_dir / path)):
             if os.path.lexists(candidate):
                 try:
@@ -306,11 +313,11 @@ class SampleEncoder:
         )
 
     def _at_media(self, function, i: int, item: dict):
-        path = item[item["type"]]
         try:
             return function(item, self.policy)
         except Exception as error:  # whatever a decoder throws: say which file it was
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
-                f"message {i}: {path}: cannot be read as {item['type']}: {reason}"
+                f"message {i}: {describe(item[item['type']])}: cannot be read as {item['type']}: "
+                f"{reason}"
             ) from error

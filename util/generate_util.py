@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from util.config import Config, UserError
 from util.data_util import Sample, SampleEncoder, load_records, media_of, parse_conversation
+from util.media_source import describe
 from util.model_util import (
     InputBuilder,
     build_encoder,
@@ -167,7 +168,9 @@ def print_answer(prompt: Prompt, answer: str) -> None:
     """Print a prompt and its answer, in the same form for every model."""
     print(f"=== {prompt.id}")
     for message in prompt.messages:
-        media = [f"[{item['type']} {item[item['type']]}] " for _, item in media_of([message])]
+        media = [
+            f"[{item['type']} {describe(item[item['type']])}] " for _, item in media_of([message])
+        ]
         content = message["content"]
         if not isinstance(content, str):
             content = "".join(item["text"] for item in content if item["type"] == "text")

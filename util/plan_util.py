@@ -109,7 +109,8 @@ def _measure_number(i: int) -> tuple | str:
 
 def _index_key(path: str, encoder: SampleEncoder) -> str:
     key = hashlib.sha256()
-    code = [REPO_DIR / "util" / name for name in ("data_util.py", "vision_util.py", "plan_util.py")]
+    names = ("data_util", "media_source", "vision_util", "video_reader", "plan_util")
+    code = [REPO_DIR / "util" / f"{name}.py" for name in names]
     for source in (Path(path), *code):
         key.update(source.read_bytes())
     key.update(encoder.tokenizer.backend_tokenizer.to_str().encode())
