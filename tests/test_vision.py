@@ -703,6 +703,18 @@ class _ThreadCount(torch.utils.data.Dataset):
             return reader._decoder.thread_count
 
 
+def test_the_notebook_runs(monkeypatch):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(REPO / "how_to_read_video_faster.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.outputs for cell in code if "print(" in cell.source)  # committed with them
+    monkeypatch.setenv("CLIP_SECONDS", "2")
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    nbclient.NotebookClient(notebook, timeout=100).execute(cwd=str(REPO))
+    printed = "".join(output.get("text", "") for cell in code for output in cell.outputs)
+    assert "60 frames" in printed and "times faster" in printed
+
+
 # ------------------------------------------------------------------ bad media
 
 

@@ -91,7 +91,7 @@ class VideoReader:
             if packet.size:
                 times = (packet.pts, packet.dts)
                 packets.append((*times, packet.is_keyframe, packet.is_discard))
-        if first is None:
+        if first is None or all(is_hidden for *_, is_hidden in packets):
             raise ValueError("no frame of the video can be decoded")
         if num_packets < len(self._stream.index_entries):
             raise ValueError(
@@ -162,24 +162,35 @@ class VideoReader:
         if self._is_counted or not self._key_times or self.codec not in SEEKABLE_CODECS:
             return
         can_skip = self.codec in SKIPPING_CODECS
-        missing, position, packets = set(wanted), -1, None
-        for time in wanted:
-            if time not in missing:
-                continue
-            # A frame that is shown before a key frame is never decoded from it, even if it follows
-            # it in the file: it may refer to the frames before.
-            key_time = self._key_times[max(0, bisect.bisect_right(self._key_times, time) - 1)]
-            if packets is None or self._numbers[key_time] > position:
-                packets = self._packets_from(key_time)
-            while time in missing and (packet := next(packets, None)):
-                position = self._numbers.get(packet.pts, position)
-                skips = can_skip and packet.size and packet.pts not in missing
+        for key_time, times in self._groups(wanted):
+            missing, last = set(times), max(self._numbers[time] for time in times)
+            for packet in self._packets_from(key_time):
+                skips = can_skip and packet.pts not in missing
                 self._decoder.skip_frame = "NONREF" if skips else "DEFAULT"
-                for frame in self._decoder.decode(packet if packet.size else None):
+                frames = self._decoder.decode(packet if packet.size else None)
+                # All that is wanted has gone in: draining gets it out without decoding more.
+                is_last = self._numbers.get(packet.pts, -1) >= last
+                if is_last and packet.size:
+                    frames += self._decoder.decode(None)
+                for frame in frames:
                     if frame.pts in missing and not frame.is_corrupt:
                         missing.remove(frame.pts)
                         yield frame.pts, frame
-        self._decoder.skip_frame = "DEFAULT"
+                if is_last:
+                    break
+
+    def _groups(self, wanted: list[int]) -> list[tuple[int, list[int]]]:
+        """Return (time of a key frame, wanted times to decode from it on) in order."""
+        groups, last = [], -1
+        for time in wanted:
+            # A frame that is shown before a key frame is never decoded from it, even if it follows
+            # it in the file: it may refer to the frames before.
+            key_time = self._key_times[max(0, bisect.bisect_right(self._key_times, time) - 1)]
+            if self._numbers[key_time] > last:
+                groups.append((key_time, []))
+            groups[-1][1].append(time)
+            last = max(last, self._numbers[time])
+        return groups
 
     def _packets_from(self, key_time: int) -> Iterator[av.Packet]:
         """Go to a key frame, or to one before it where the container finds no better."""
@@ -209,5 +220,6 @@ class VideoReader:
         # swscale converts and shrinks in one pass; the full-size RGB picture never exists.
         if self._quarter_turns % 2:
             height, width = width, height
-        rgb = frame.reformat(width, height, "rgb24", interpolation=INTERPOLATION, threads=1)
+        threads = self._num_threads
+        rgb = frame.reformat(width, height, "rgb24", interpolation=INTERPOLATION, threads=threads)
         return np.rot90(rgb.to_ndarray(), self._quarter_turns)

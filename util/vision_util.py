@@ -186,8 +186,8 @@ def convert_box(
     `size` is the (height, width) of the picture as it is shown, `resized` what
     `PixelPolicy.image_size` makes of it, `model_type` that of the model's config: qwen2_vl and
     qwen3_vl count thousandths of the picture, qwen2_5_vl pixels of the resized picture. Points,
-    (x, y), convert alike. Sources: arXiv 2409.12191, section 2.2 (normalized to 0-1000); arXiv
-    2502.13923, section 2.1 (absolute); the 2D grounding cookbook of QwenLM/Qwen3-VL.
+    (x, y), convert alike. Sources: the Qwen2-VL report, arXiv 2409.12191 (normalized to 1000);
+    the Qwen2.5-VL report, arXiv 2502.13923 (absolute); 2d_grounding.ipynb of QwenLM/Qwen3-VL.
     """
     scales = {"qwen2_vl": (1000, 1000), "qwen3_vl": (1000, 1000), "qwen2_5_vl": resized}
     if model_type not in scales:
