@@ -67,8 +67,12 @@ def measure(kind: str, messages: list[dict], num_samples: int, rounds: int) -> N
         return encoder.encode({"messages": messages})
 
     def own_path(_):
-        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        return processor.apply_chat_template([messages], **options)
+        options = {"return_tensors": "pt"}
+        if kind == "video":
+            options |= {"do_sample_frames": True, "fps": config.video_fps}
+        return processor.apply_chat_template(
+            [messages], tokenize=True, return_dict=True, processor_kwargs=options
+        )
 
     def loader(num_workers: int):
         items = [None] * (num_samples + 1)
