@@ -99,6 +99,9 @@ class Config:
         default=None,
         help="largest video frame, in pixels after resizing. " + _left_out("video_max_pixels"),
     )
+    allow_remote_media: bool = HfArg(
+        default=False, help="fetch images and videos whose source is an http(s) URL"
+    )
 
     # -- memory and machine: these never change the mathematics
     max_tokens: int = HfArg(default=4096, help="most tokens in one forward pass on one GPU")

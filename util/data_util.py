@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from util.config import UserError
-from util.vision_util import check_local_file
+from util.media_source import check_local_file, check_media_item
 
 ROLES = ("system", "user", "assistant")
 # As LLaVA, its followers and Qwen's own script name them.
@@ -253,9 +253,15 @@ def _parse_item(where: str, item) -> dict:
     kind = item.get("type")
     if kind not in ("text", *MEDIA_TYPES):
         raise ValueError(f"{where}: unknown type {kind!r}: use text, image or video")
-    if not isinstance(item.get(kind), str) or (kind in MEDIA_TYPES and not item[kind]):
-        raise ValueError(f'{where}: an item of type {kind} needs a string "{kind}"')
-    if extra := set(item) - {"type", kind}:
+    if kind in MEDIA_TYPES:
+        try:
+            check_media_item(item)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        return item
+    if not isinstance(item.get("text"), str):
+        raise ValueError(f'{where}: an item of type text needs a string "text"')
+    if extra := set(item) - {"type", "text"}:
         raise ValueError(f"{where}: unknown key {min(extra)!r}")
     return item
 

@@ -15,6 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from util.config import Config, UserError
 from util.data_util import Records, media_of, parse_conversation, text_of
+from util.media_source import describe as describe_media
+from util.media_source import map_paths
 from util.model_util import (
     InputBuilder,
     build_encoder,
@@ -168,7 +170,7 @@ def answer_row(
     """
     messages = encoder.prepare({"messages": prompt.messages}, folder)
     for _, item in media_of(messages):
-        item[item["type"]] = portable(item[item["type"]])
+        item[item["type"]] = map_paths(portable, item[item["type"]])
     return {
         "id": prompt.id,
         "messages": messages,
@@ -244,7 +246,8 @@ def print_answer(prompt: Prompt, answer: str) -> None:
     """Print a prompt and its answer, in the same form for every model."""
     print(f"=== {prompt.id}")
     for message in prompt.messages:
-        media = [f"[{item['type']} {item[item['type']]}] " for _, item in media_of([message])]
+        items = [item for _, item in media_of([message])]
+        media = [f"[{item['type']} {describe_media(item[item['type']])}] " for item in items]
         print(f"{message['role']}: {''.join(media)}{text_of(message)}")
     print(f"answer: {answer}")
     if prompt.reference is not None:

@@ -177,6 +177,7 @@ def pixel_policy(processor, config: Config) -> PixelPolicy:
         patch_size=image_processor.patch_size,
         merge_size=image_processor.merge_size,
         temporal_patch_size=image_processor.temporal_patch_size,
+        allow_remote_media=config.allow_remote_media,
     )
 
 

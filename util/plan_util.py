@@ -135,8 +135,9 @@ def _run_one(i: int) -> tuple | str | None:
 
 def _index_key(records: Records, encoder: SampleEncoder) -> str:
     key = hashlib.sha256(records.digest().encode())
-    for name in ("data_util.py", "sample_util.py", "vision_util.py", "plan_util.py"):
-        key.update((REPO_DIR / "util" / name).read_bytes())
+    names = ("data_util", "sample_util", "media_source", "vision_util", "video_reader", "plan_util")
+    for name in names:
+        key.update((REPO_DIR / "util" / f"{name}.py").read_bytes())
     key.update(encoder.tokenizer.backend_tokenizer.to_str().encode())
     folders = [os.path.abspath(file.path) for file in records.files]
     settings = (encoder.chat_template, encoder.policy, encoder.supervise, folders, os.getcwd())

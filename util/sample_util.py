@@ -6,12 +6,14 @@ Everything that is wrong raises ValueError, naming the message and the file in i
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from util.data_util import media_of, parse_conversation, text_of
-from util.vision_util import PixelPolicy, check_local_file, load_media, probe_media
+from util.media_source import check_local_file, describe, local_path, map_paths
+from util.vision_util import PixelPolicy, load_media, probe_media
 
 IGNORE = -100  # label of a token that is not trained
 CONTROL_TOKEN = re.compile(r"<\|(im_.*|vision_.*|.*_pad|endoftext)\|>")
@@ -83,7 +85,8 @@ class SampleEncoder:
                     )
         for i, item in media_of(messages):
             try:
-                item[item["type"]] = find_file(item[item["type"]], folder)
+                find = partial(find_file, folder=folder)
+                item[item["type"]] = map_paths(find, item[item["type"]])
             except (ValueError, OSError) as error:
                 raise ValueError(f"message {i}: {error}") from error
         return messages
@@ -207,19 +210,19 @@ class SampleEncoder:
         )
 
     def _at_media(self, function, i: int, item: dict):
-        path = item[item["type"]]
         try:
             return function(item, self.policy)
         except Exception as error:  # whatever a decoder throws: say which file it was
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
-                f"message {i}: {path}: cannot be read as {item['type']}: {reason}"
+                f"message {i}: {describe(item[item['type']])}: cannot be read as {item['type']}: "
+                f"{reason}"
             ) from error
 
 
 def find_file(path: str, folder: Path) -> str:
     """Return where a media path of a data file is: in the current folder, else in `folder`."""
-    path = path.removeprefix("file://")
+    path = local_path(path)
     for candidate in dict.fromkeys((Path(path), folder / path)):
         if os.path.lexists(candidate):
             try:

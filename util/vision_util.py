@@ -5,26 +5,30 @@ resizes again. Everything raises ValueError or OSError with a message for the us
 """
 
 import math
-import os
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from io import BytesIO
 
-import av
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+from util.media_source import FRAME_SIZE_KEYS, IMAGE_KEYS, NUM_FRAMES_KEYS, resolve
+from util.video_reader import VideoReader
+
 # Frames of a clip are read in multiples of this, and never fewer than MIN_FRAMES where the clip
-# has them; a clip's frames share MAX_VIDEO_TOKENS * 0.9 tokens. Source: qwen-vl-utils 0.0.14,
-# vision_process.py.
+# has them; a clip's frames share MAX_VIDEO_TOKENS * 0.9 tokens. A size given by an item itself
+# stays between 4 and MAX_IMAGE_TOKENS tokens. Source: qwen-vl-utils 0.0.14, vision_process.py.
 FRAME_FACTOR = 2
 MIN_FRAMES = 4
 MAX_VIDEO_TOKENS = 128000
 MIN_FRAME_PIXELS = 128 * 28 * 28
-
-
+MAX_IMAGE_TOKENS = 16384
 MAX_ASPECT_RATIO = 200
+
+
+# ---------------------------------------------------------------- the pixel policy
 
 
 def smart_resize(
@@ -35,9 +39,11 @@ def smart_resize(
     Source: `smart_resize` in transformers' image_processing_qwen2_vl.py. Raises ValueError where
     one side is over 200 times the other.
     """
+    if min_pixels > max_pixels:
+        raise ValueError(f"min_pixels {min_pixels} is above max_pixels {max_pixels}")
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise ValueError(
-            f"{width} x {height} pixels: longer than {MAX_ASPECT_RATIO} times its width"
+            f"{width} x {height} pixels: one side is over {MAX_ASPECT_RATIO} times the other"
         )
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if new_height * new_width > max_pixels:
@@ -55,8 +61,9 @@ def smart_resize(
 class PixelPolicy:
     """Decides the size of every picture and the frames of every clip.
 
-    Limits are in pixels after resizing. `patch_size` is the side of a patch in pixels,
-    `merge_size` the side of a token in patches, `temporal_patch_size` its depth in frames.
+    Limits are in pixels after resizing; an item's own keys go before them. `patch_size` is the
+    side of a patch in pixels, `merge_size` the side of a token in patches, `temporal_patch_size`
+    its depth in frames. `allow_remote_media`: whether http(s) URLs are fetched.
     """
 
     min_pixels: int
@@ -67,6 +74,7 @@ class PixelPolicy:
     patch_size: int
     merge_size: int
     temporal_patch_size: int
+    allow_remote_media: bool = False
 
     @property
     def factor(self) -> int:
@@ -78,32 +86,74 @@ class PixelPolicy:
         """Smallest frame: a sixth of the largest, as in qwen-vl-utils, and never above its own."""
         return min(MIN_FRAME_PIXELS, self.video_max_pixels // 6)
 
-    def image_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the (height, width) to which a picture is resized."""
-        return smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
+    def image_size(
+        self,
+        height: int,
+        width: int,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        resized_height: int | None = None,
+        resized_width: int | None = None,
+    ) -> tuple[int, int]:
+        """Return the (height, width) to which a picture is resized; the rest are its own keys."""
+        if resized_height:
+            token = self.factor**2
+            limits = (4 * token, MAX_IMAGE_TOKENS * token)
+            return smart_resize(resized_height, resized_width, self.factor, *limits)
+        # A default gives way to a limit of the item's own.
+        smallest = min_pixels or min(self.min_pixels, max_pixels or self.min_pixels)
+        largest = max_pixels or max(self.max_pixels, min_pixels or 0)
+        return smart_resize(height, width, self.factor, smallest, largest)
 
-    def num_frames(self, total_frames: int, fps: float) -> int:
-        """Return how many frames to take of a clip with `total_frames` at `fps`.
+    def num_frames(
+        self,
+        total_frames: int,
+        rate: float,
+        fps: float | None = None,
+        nframes: int | None = None,
+        min_frames: int = MIN_FRAMES,
+        max_frames: int | None = None,
+    ) -> int:
+        """Return how many of `total_frames` at `rate` frames a second to take of a clip.
 
-        Source: `smart_nframes` of qwen-vl-utils. A clip of a single frame, an error there, is
-        shown twice.
+        The rest are the item's own keys. Source: `smart_nframes` of qwen-vl-utils. A clip of a
+        single frame, an error there, is shown twice. Raises ValueError where there are too few.
         """
+        if nframes is not None:
+            num_frames = round(nframes / FRAME_FACTOR) * FRAME_FACTOR
+            if not FRAME_FACTOR <= num_frames <= max(total_frames, FRAME_FACTOR):
+                raise ValueError(f"nframes {nframes}: the clip has {total_frames} frames there")
+            return num_frames
         if total_frames < FRAME_FACTOR:
             return FRAME_FACTOR
-        most = min(self.video_max_frames, total_frames) // FRAME_FACTOR * FRAME_FACTOR
-        wanted = min(max(total_frames / fps * self.video_fps, MIN_FRAMES), max(most, FRAME_FACTOR))
-        return int(min(wanted, total_frames) // FRAME_FACTOR) * FRAME_FACTOR
+        most = (max_frames or min(self.video_max_frames, total_frames)) // FRAME_FACTOR
+        least = math.ceil(min_frames / FRAME_FACTOR) * FRAME_FACTOR
+        wanted = max(total_frames / rate * (fps or self.video_fps), least)
+        return int(min(wanted, max(most, 1) * FRAME_FACTOR, total_frames) // FRAME_FACTOR) * 2
 
-    def frame_size(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
+    def frame_size(
+        self,
+        num_frames: int,
+        height: int,
+        width: int,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        total_pixels: int | None = None,
+        **resized,
+    ) -> tuple[int, int]:
         """Return the (height, width) to which each of `num_frames` frames is resized.
 
-        Source: `fetch_video` of qwen-vl-utils, and `Qwen2VLVideoProcessor.resize` with
-        `cap_pixels_per_frame=True`.
+        The rest are the item's own keys. Source: `fetch_video` of qwen-vl-utils, and
+        `Qwen2VLVideoProcessor.resize` with `cap_pixels_per_frame=True`.
         """
-        total_pixels = int(MAX_VIDEO_TOKENS * self.factor**2 * 0.9)
-        max_pixels = min(self.video_max_pixels, total_pixels * FRAME_FACTOR // num_frames)
-        max_pixels = max(max_pixels, int(self.video_min_pixels * 1.05))
-        return smart_resize(height, width, self.factor, self.video_min_pixels, max_pixels)
+        if resized:
+            return self.image_size(height, width, **resized)
+        total_pixels = total_pixels or int(MAX_VIDEO_TOKENS * self.factor**2 * 0.9)
+        smallest = min_pixels or min(self.video_min_pixels, max_pixels or self.video_min_pixels)
+        largest = min(self.video_max_pixels, total_pixels * FRAME_FACTOR // num_frames)
+        largest = max(largest, int(smallest * 1.05))
+        largest = min(largest, max_pixels or largest)
+        return smart_resize(height, width, self.factor, smallest, largest)
 
     def grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Return the (t, h, w) patch grid of resized frames; an image is one frame."""
@@ -128,35 +178,106 @@ class PixelPolicy:
         return 3 * self.temporal_patch_size * self.patch_size**2
 
 
-def probe_media(item: dict, policy: PixelPolicy) -> tuple[int, int, int]:
-    """Return the (t, h, w) patch grid of a picture or clip without decoding it.
+def convert_box(
+    box: list[float], size: tuple[int, int], resized: tuple[int, int], model_type: str
+) -> list[int]:
+    """Return a box in pixels, (x1, y1, x2, y2), in the coordinates that a family was trained on.
 
-    `item` is a content item whose "image" or "video" is a local path.
+    `size` is the (height, width) of the picture as it is shown, `resized` what
+    `PixelPolicy.image_size` makes of it, `model_type` that of the model's config: qwen2_vl and
+    qwen3_vl count thousandths of the picture, qwen2_5_vl pixels of the resized picture. Points,
+    (x, y), convert alike. Sources: the Qwen2-VL report, arXiv 2409.12191 (normalized to 1000);
+    the Qwen2.5-VL report, arXiv 2502.13923 (absolute); 2d_grounding.ipynb of QwenLM/Qwen3-VL.
+    """
+    scales = {"qwen2_vl": (1000, 1000), "qwen3_vl": (1000, 1000), "qwen2_5_vl": resized}
+    if model_type not in scales:
+        raise ValueError(f"boxes of {model_type} are not known: use one of {', '.join(scales)}")
+    (height, width), (to_height, to_width) = size, scales[model_type]
+    converted = []
+    for i, value in enumerate(box):
+        old, new = (height, to_height) if i % 2 else (width, to_width)
+        converted.append(round(min(max(value, 0), old) / old * new))
+    return converted
+
+
+# ---------------------------------------------------------------- what training calls
+
+
+def probe_media(item: dict, policy: PixelPolicy) -> tuple[int, int, int]:
+    """Return the (t, h, w) patch grid that `load_media` will make of an item.
+
+    Headers and packets are read; of a clip one frame is decoded, which says how it is turned.
     """
     if item["type"] == "image":
-        return policy.grid(1, *policy.image_size(*image_size(item["image"])))
-    with VideoReader(item["video"]) as reader:
-        num_frames = policy.num_frames(len(reader), reader.fps)
-        return policy.grid(num_frames, *policy.frame_size(num_frames, *reader.size))
+        size = image_size(_resolve(item["image"], policy))
+        return policy.grid(1, *policy.image_size(*size, **_keys(item, IMAGE_KEYS)))
+    if isinstance(item["video"], list):
+        num_frames, *size = _list_size(item, policy)
+        return policy.grid(num_frames, *size)
+    with VideoReader(_resolve(item["video"], policy)) as reader:
+        num_frames = len(frame_indices(item, reader, policy))
+        size = policy.frame_size(num_frames, *reader.size, **_keys(item, FRAME_SIZE_KEYS))
+        return policy.grid(num_frames, *size)
 
 
 def load_media(item: dict, policy: PixelPolicy) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """Return the patches (num_patches, patch_dim) uint8 of a picture or clip, and its grid."""
+    """Return the patches (num_patches, patch_dim) uint8 of an item, and its grid."""
     frames = load_frames(item, policy)
     return patchify(frames, policy), policy.grid(len(frames), *frames.shape[-2:])
 
 
 def load_frames(item: dict, policy: PixelPolicy) -> torch.Tensor:
-    """Return a picture or clip as the model sees it: (num_frames, 3, height, width) uint8."""
+    """Return an item as the model sees it: (num_frames, 3, height, width) uint8."""
     if item["type"] == "image":
-        image = read_image(item["image"])
-        size = policy.image_size(*image.shape[-2:])
-        # The same resampling, in the same integer arithmetic, as the model's own processor.
-        return F.interpolate(image[None], size, mode="bicubic", antialias=True)
-    with VideoReader(item["video"]) as reader:
-        num_frames = policy.num_frames(len(reader), reader.fps)
-        indices = np.linspace(0, len(reader) - 1, num_frames).round().astype(int)
-        return reader.get_frames_at(indices.tolist(), *policy.frame_size(num_frames, *reader.size))
+        image = read_image(_resolve(item["image"], policy))
+        return _resize(image, policy.image_size(*image.shape[-2:], **_keys(item, IMAGE_KEYS)))
+    if isinstance(item["video"], list):
+        num_frames, *size = _list_size(item, policy)
+        frames = [_resize(read_image(_resolve(s, policy)), size) for s in item["video"]]
+        return torch.cat([*frames, frames[-1]])[:num_frames]
+    with VideoReader(_resolve(item["video"], policy)) as reader:
+        indices = frame_indices(item, reader, policy)
+        size = policy.frame_size(len(indices), *reader.size, **_keys(item, FRAME_SIZE_KEYS))
+        return reader.get_frames_at(indices, *size)
+
+
+def _resolve(source, policy: PixelPolicy):
+    return resolve(source, policy.allow_remote_media)
+
+
+def _keys(item: dict, names: tuple) -> dict:
+    return {name: item[name] for name in names if name in item}
+
+
+def _resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    # The same resampling, in the same integer arithmetic, as the model's own processor.
+    return F.interpolate(image[None], size, mode="bicubic", antialias=True)
+
+
+def _list_size(item: dict, policy: PixelPolicy) -> tuple[int, int, int]:
+    """Return (num_frames, height, width) of a list of frames: all, the last twice if odd."""
+    sizes = [image_size(_resolve(source, policy)) for source in item["video"]]
+    if len(set(sizes)) > 1:
+        raise ValueError("the frames differ in size")
+    num_frames = math.ceil(len(sizes) / FRAME_FACTOR) * FRAME_FACTOR
+    return num_frames, *policy.frame_size(num_frames, *sizes[0], **_keys(item, FRAME_SIZE_KEYS))
+
+
+def frame_indices(item: dict, reader: VideoReader, policy: PixelPolicy) -> list[int]:
+    """Return which frames of a clip to take: evenly spread over its time, or the item's part of it.
+
+    Source: `calculate_video_frame_range` of qwen-vl-utils and what its readers do with it, with
+    the times of the frames in place of their numbers; on a constant rate both are the same.
+    """
+    start, end = item.get("video_start", 0), item.get("video_end", math.inf)
+    seconds = reader.seconds
+    inside = np.flatnonzero((seconds >= start - 1e-6) & (seconds <= end + 1e-6))
+    if len(inside) == 0:
+        raise ValueError(f"no frame from {start} to {end} s: the clip ends at {seconds[-1]:.3f} s")
+    num_frames = policy.num_frames(len(inside), reader.fps, **_keys(item, NUM_FRAMES_KEYS))
+    times = np.linspace(seconds[inside[0]], seconds[inside[-1]], num_frames)
+    # Rounded twice, as numbers half way between two frames carry the noise of floating point.
+    return np.interp(times, seconds[inside], inside).round(4).round().astype(int).tolist()
 
 
 def patchify(frames: torch.Tensor, policy: PixelPolicy) -> torch.Tensor:
@@ -175,17 +296,22 @@ def patchify(frames: torch.Tensor, policy: PixelPolicy) -> torch.Tensor:
     return patches.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, policy.patch_dim)
 
 
-def open_image(path: str) -> Image.Image:
-    """Open a picture; only its header is read."""
+# ---------------------------------------------------------------- pictures
+
+
+def open_image(source: str | BytesIO | Image.Image):
+    """Return a picture as a context manager that closes what it opened; its header is read."""
+    if isinstance(source, Image.Image):
+        return nullcontext(source)
     try:
-        return Image.open(path)
+        return Image.open(source)
     except Image.DecompressionBombError as error:
         raise ValueError(f"the picture is too large to open safely: {error}") from error
 
 
-def image_size(path: str) -> tuple[int, int]:
+def image_size(source: str | BytesIO | Image.Image) -> tuple[int, int]:
     """Return the (height, width) of a picture as it is shown, from its header."""
-    with open_image(path) as image:
+    with open_image(source) as image:
         width, height = image.size
         # Orientations 5 to 8 of the EXIF standard turn the picture by a quarter.
         return (width, height) if _orientation(image) >= 5 else (height, width)
@@ -195,115 +321,23 @@ def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation of an opened picture, 1 to 8, from its header."""
     if image.format == "PNG" and "exif" not in image.info:
         return 1  # getexif() would decode the whole picture to look behind it
+    if image.format == "TIFF":
+        return 1  # Pillow itself turns these
     orientation = image.getexif().get(0x0112, 1)
     return orientation if orientation in range(1, 9) else 1
 
 
-def read_image(path: str) -> torch.Tensor:
+def read_image(source: str | BytesIO | Image.Image) -> torch.Tensor:
     """Decode a picture to (3, height, width) uint8 RGB, upright, alpha over white."""
-    with open_image(path) as image:
+    with open_image(source) as image:
         if _orientation(image) != 1:
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # convert("RGB") would clip 16 bits instead of scaling
+        if image.mode == "F":
+            raise ValueError("pixels in floating point have no fixed range: store them as 8 bits")
+        if image.mode.startswith("I"):  # 16 bits: convert("RGB") would clip instead of scaling
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-class VideoReader:
-    """Reads chosen frames of a video file, decoding as little as it can.
-
-    `len(reader)` is the number of frames, `reader.fps` their average rate in 1/s, `reader.size`
-    the (height, width) as shown. Raises ValueError where the file holds no video.
-    """
-
-    def __init__(self, path: str):
-        if not Path(path).is_file():
-            raise ValueError("not a file")
-        self._container = av.open(path, metadata_errors="ignore")
-        try:
-            self._read_header()
-        except BaseException:
-            self._container.close()
-            raise
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._container.close()
-
-    def __len__(self):
-        return len(self._times)
-
-    def _read_header(self):
-        streams = [s for s in self._container.streams.video if not s.disposition & 1024]
-        if not streams:
-            raise ValueError("the file has no video stream")
-        self._stream = streams[0]
-        # One thread decodes: the workers are the parallelism.
-        self._stream.codec_context.thread_count = 1
-        # Packets tell the presentation time of every frame, and which of them can be jumped to,
-        # without decoding one. Frame counts in headers are missing or wrong too often.
-        packets = [p for p in self._container.demux(self._stream) if p.size and not p.is_discard]
-        times = [p.pts if p.pts is not None else p.dts for p in packets]
-        if not packets or None in times:
-            raise ValueError("the video has no frames with presentation times")
-        self._times = sorted(times)
-        self._key_times = sorted(t for t, p in zip(times, packets) if p.is_keyframe)
-        seconds = float((self._times[-1] - self._times[0]) * self._stream.time_base)
-        rate = self._stream.average_rate
-        self.fps = (len(times) - 1) / seconds if seconds > 0 else float(rate or 1)
-        self._container.seek(self._times[0], stream=self._stream)
-        first = next(self._container.decode(self._stream), None)
-        if first is None:
-            raise ValueError("no frame of the video can be decoded")
-        # Phones store how the picture is turned beside the frames, in degrees to the left.
-        self._quarter_turns = round(first.rotation / 90) % 4
-        turned = self._quarter_turns % 2
-        self.size = (first.width, first.height) if turned else (first.height, first.width)
-
-    def get_frames_at(self, indices: list[int], height: int, width: int) -> torch.Tensor:
-        """Return the frames at `indices` (ascending) as (num_frames, 3, height, width) uint8."""
-        wanted = [self._times[i] for i in indices]
-        frames = np.empty((len(wanted), height, width, 3), np.uint8)
-        done, last_time = 0, None
-        while done < len(wanted):
-            key_time = max((t for t in self._key_times if t <= wanted[done]), default=None)
-            self._container.seek(key_time or self._times[0], stream=self._stream)
-            before = done
-            for frame in self._container.decode(self._stream):
-                while done < len(wanted) and frame.pts == wanted[done]:
-                    if wanted[done] != last_time:
-                        picture = self._to_rgb(frame, height, width)
-                    frames[done] = picture
-                    last_time = wanted[done]
-                    done += 1
-                if done == len(wanted):
-                    break
-            if done == before:
-                raise ValueError(
-                    f"the frame at {float(wanted[done] * self._stream.time_base):.3f} s cannot be "
-                    "decoded: the file is damaged"
-                )
-        return torch.from_numpy(frames).permute(0, 3, 1, 2)
-
-    def _to_rgb(self, frame, height: int, width: int) -> np.ndarray:
-        # swscale converts and shrinks in one pass; the full-size RGB picture never exists.
-        if self._quarter_turns % 2:
-            height, width = width, height
-        rgb = frame.reformat(width, height, "rgb24", interpolation="BICUBIC", threads=1)
-        return np.rot90(rgb.to_ndarray(), self._quarter_turns)
-
-
-def check_local_file(path: str) -> None:
-    """Raise ValueError where `path` is not a readable, non-empty, regular file."""
-    if os.path.isdir(path):
-        raise ValueError("is a folder, not a file")
-    if not os.path.isfile(path):  # also true of devices and pipes, which could block for ever
-        raise ValueError("is not a regular file")
-    if os.path.getsize(path) == 0:
-        raise ValueError("is empty")

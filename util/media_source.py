@@ -1,0 +1,137 @@
+"""Items of the data: what keys they have, and where their bytes come from.
+
+An item is a content item of a message: {"type": "image", "image": source, ...} or {"type":
+"video", "video": source or list of sources, ...}. A source is a local path, a file:// or http(s)
+URL, a base64 data URI, bytes, or a PIL image. Further keys and their meaning: IMAGE_KEYS and
+VIDEO_KEYS, as in qwen-vl-utils.
+"""
+
+import base64
+import binascii
+import os
+import queue
+import threading
+import urllib.parse
+import urllib.request
+from io import BytesIO
+
+from PIL import Image
+
+# Limits in pixels after resizing, and an exact size, which is rounded to whole tokens.
+IMAGE_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+# Frames a second, or a number of frames; bounds for the number; the part to read, in seconds.
+NUM_FRAMES_KEYS = ("fps", "nframes", "min_frames", "max_frames")
+FRAME_SIZE_KEYS = (*IMAGE_KEYS, "total_pixels")
+VIDEO_KEYS = (*FRAME_SIZE_KEYS, *NUM_FRAMES_KEYS, "video_start", "video_end")
+
+REMOTE_SECONDS = 30  # a URL must have answered completely by then
+MAX_REMOTE_BYTES = 256 * 2**20
+
+
+def check_media_item(item: dict) -> None:
+    """Raise ValueError where an item's source or keys are not what this module can read."""
+    kind = item["type"]
+    source = item.get(kind)
+    frames = source if isinstance(source, list) and kind == "video" else [source]
+    if not frames or not all(f and isinstance(f, str | bytes | Image.Image) for f in frames):
+        also = ", or a list of pictures" if kind == "video" else ""
+        raise ValueError(f'an item of type {kind} needs a string "{kind}"{also}')
+    keys = IMAGE_KEYS if kind == "image" else VIDEO_KEYS
+    for key in item.keys() - {"type", kind}:
+        value = item[key]
+        if key not in keys:
+            raise ValueError(f"unknown key {key!r}: an item of type {kind} takes {', '.join(keys)}")
+        is_whole = key not in ("fps", "video_start", "video_end")
+        is_number = isinstance(value, int if is_whole else (int, float))
+        if not is_number or isinstance(value, bool) or not (value > 0 or key == "video_start"):
+            what = "a whole number" if is_whole else "a number"
+            raise ValueError(f"{key} {value!r}: must be {what} above 0")
+        if frames is source and key not in (*FRAME_SIZE_KEYS, "fps"):
+            raise ValueError(f"{key}: does not go with a list of frames, which are all taken")
+    if "fps" in item and "nframes" in item:
+        raise ValueError("fps and nframes exclude each other")
+    if ("resized_height" in item) != ("resized_width" in item):
+        raise ValueError("resized_height and resized_width go together")
+
+
+def map_paths(function, source):
+    """Return `source`, or a list of sources, with `function` applied to those that are paths."""
+    if isinstance(source, list):
+        return [map_paths(function, one) for one in source]
+    is_path = isinstance(source, str) and not source.startswith(("http://", "https://", "data:"))
+    return function(source) if is_path else source
+
+
+def describe(source) -> str:
+    """Return what to call a source in a message: a path or URL, or the beginning of anything."""
+    if isinstance(source, list):
+        return f"{len(source)} frames from {describe(source[0])}"
+    if isinstance(source, bytes):
+        return f"{len(source)} bytes"
+    text = str(source)
+    return text if not text.startswith("data:") else f"{text[:40]}... ({len(text)} characters)"
+
+
+def check_local_file(path: str) -> None:
+    """Raise ValueError where `path` is not a readable, non-empty, regular file."""
+    if os.path.isdir(path):
+        raise ValueError("is a folder, not a file")
+    if not os.path.lexists(path):
+        raise ValueError("no such file")
+    if not os.path.isfile(path):  # also true of devices and pipes, which could block for ever
+        raise ValueError("is not a regular file")
+    if os.path.getsize(path) == 0:
+        raise ValueError("is empty")
+
+
+def local_path(path: str) -> str:
+    """Return the path in a file:// URL; other paths stay as they are."""
+    return urllib.parse.unquote(path[len("file://") :]) if path.startswith("file://") else path
+
+
+def resolve(source, allow_remote_media: bool = False):
+    """Return a source as the path of a regular file, a BytesIO, or a PIL image."""
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        if not allow_remote_media:
+            raise ValueError(
+                "media are not fetched from the network: download it, or use --allow_remote_media"
+            )
+        source = fetch(source)
+    elif isinstance(source, str) and source.startswith("data:"):
+        try:
+            source = base64.b64decode("".join(source.partition(",")[2].split()), validate=True)
+        except binascii.Error as error:
+            raise ValueError(f"is not a base64 data URI: {error}") from error
+    if isinstance(source, bytes):
+        if not source:
+            raise ValueError("is empty")
+        return BytesIO(source)
+    source = local_path(source)
+    check_local_file(source)
+    return source
+
+
+def fetch(url: str) -> bytes:
+    """Return what a URL holds. Raises ValueError where it fails, is too large, or stalls."""
+    answers = queue.SimpleQueue()
+
+    def read():
+        try:
+            with urllib.request.urlopen(url, timeout=REMOTE_SECONDS) as response:
+                answers.put(response.read(MAX_REMOTE_BYTES + 1))
+        except Exception as error:
+            answers.put(error)
+
+    # The time-out of a socket starts anew with every byte, so a trickle would never end.
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        answer = answers.get(timeout=REMOTE_SECONDS)
+    except queue.Empty:
+        answer = TimeoutError(f"no complete answer within {REMOTE_SECONDS} s")
+    if isinstance(answer, Exception):
+        raise ValueError(f"cannot be fetched: {answer}") from answer
+    if len(answer) > MAX_REMOTE_BYTES:
+        raise ValueError(f"is larger than {MAX_REMOTE_BYTES >> 20} MiB")
+    return answer

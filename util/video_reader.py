@@ -1,0 +1,225 @@
+"""Reads chosen frames of a video file, decoding and converting as little as it can."""
+
+import bisect
+import contextlib
+import itertools
+import multiprocessing
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import Interpolation
+
+# Codecs in which decoding can begin at every packet that is marked as a key frame, and those of
+# them whose decoders can be told to leave out frames that no other frame refers to. Both are
+# checked frame by frame, for every container, in tests/test_vision.py.
+SEEKABLE_CODECS = {"h264", "hevc", "vp8", "vp9", "libdav1d", "av1", "mpeg2video", "mjpeg"}
+SKIPPING_CODECS = {"h264", "hevc", "mpeg2video"}
+# The nearest that swscale has to torchvision's antialiased bicubic: 52 dB on photographs.
+INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+ATTACHED_PICTURE = 1024  # a cover, not a video. Source: AV_DISPOSITION_ATTACHED_PIC, avformat.h
+
+
+class VideoReader:
+    """Gives the frames of a video at indices or times.
+
+    `len(reader)` is the number of frames, `reader.seconds` (num_frames,) float64 when each is
+    shown, counted from the first, `reader.fps` their average rate in 1/s, `reader.size` the
+    (height, width) as shown, `reader.codec` the decoder's name. `source` is the path of a file
+    or a BytesIO; `num_threads` decode (0: as many as there are cores). Raises ValueError, or
+    av.error.FFmpegError, where there is no video or it is damaged.
+    """
+
+    def __init__(self, source: str | BytesIO, num_threads: int | None = None):
+        if isinstance(source, str) and not Path(source).is_file():
+            raise ValueError("not a file")  # a pipe or a device could block for ever
+        if num_threads is None:
+            # In a worker process the workers are the parallelism.
+            num_threads = 1 if multiprocessing.parent_process() else 0
+        self._source, self._num_threads, self._container = source, num_threads, None
+        try:
+            self._open()
+            self._scan()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def __len__(self):
+        return len(self._times)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._container:
+            self._container.close()
+
+    def _open(self) -> None:
+        """Open the file, or begin anew."""
+        self.close()
+        source = self._source
+        if isinstance(source, BytesIO):
+            source.seek(0)
+        else:
+            source = f"file:{source}"  # a name like a:b.mp4 is no URL
+        # A playlist must not make this machine call out.
+        options = {"protocol_whitelist": "file"}
+        self._container = av.open(source, metadata_errors="ignore", options=options)
+        streams = self._container.streams.video
+        self._stream = next((s for s in streams if not s.disposition & ATTACHED_PICTURE), None)
+        if self._stream is None:
+            raise ValueError("the file has no video stream")
+        self._decoder = self._stream.codec_context
+        self._decoder.thread_count, self._decoder.thread_type = self._num_threads, "AUTO"
+        self.codec = self._decoder.name
+
+    def _scan(self) -> None:
+        # Packets tell the presentation time of every frame, and where decoding can begin, without
+        # decoding. Frame counts in headers are missing or wrong too often.
+        packets, first, num_packets = [], None, 0
+        for packet in self._container.demux(self._stream):
+            if first is None:
+                first = next(iter(self._decoder.decode(packet if packet.size else None)), None)
+            num_packets += packet.dts is not None or packet.size > 0
+            if packet.size:
+                times = (packet.pts, packet.dts)
+                packets.append((*times, packet.is_keyframe, packet.is_discard))
+        if first is None or all(is_hidden for *_, is_hidden in packets):
+            raise ValueError("no frame of the video can be decoded")
+        if num_packets < len(self._stream.index_entries):
+            raise ValueError(
+                f"the file is cut off: {num_packets} of {len(self._stream.index_entries)} frames"
+            )
+        # Phones store how the picture is turned beside the frames, in degrees to the left.
+        self._quarter_turns = round(first.rotation / 90) % 4
+        turned = self._quarter_turns % 2
+        self.size = (first.width, first.height) if turned else (first.height, first.width)
+        self._set_times(packets)
+
+    def _set_times(self, packets: list[tuple]) -> None:
+        """Set the times of all frames from packets: (pts, dts, is a key frame, is not shown)."""
+        shown = [pts for pts, _, _, is_hidden in packets if not is_hidden]
+        rate, time_base = self._stream.average_rate, self._stream.time_base
+        # AVI has no presentation times: what comes as such is wrong where frames are reordered.
+        reorders = self._container.format.name == "avi" and self._decoder.has_b_frames
+        self._is_counted = None in shown or len(set(shown)) < len(shown) or bool(reorders)
+        if self._is_counted:
+            shown, time_base = range(len(shown)), 1 / (rate or self._stream.guessed_rate or 1)
+        self._times = sorted(shown)
+        self.seconds = (np.array(self._times) - self._times[0]) * float(time_base)
+        last = self.seconds[-1]
+        measured = (len(shown) - 1) / last if last > 0 else float(rate or 1)
+        # Times may be rounded to milliseconds; the header has the exact rate, if it is right.
+        is_right = rate and abs(float(rate) / measured - 1) < 0.01
+        self.fps = float(rate) if is_right else measured
+        # Of packets, by presentation time: the number in decoding order, and of key frames the dts.
+        self._numbers = {pts: i for i, (pts, *_) in enumerate(packets)}
+        keys = {pts: dts for pts, dts, is_key, _ in packets if is_key and pts is not None}
+        self._key_dts, self._key_times = keys, sorted(keys)
+
+    def index_at(self, seconds: float) -> int:
+        """Return the index of the frame that is shown at a time, counted from the first frame."""
+        # Half a millisecond more, as some containers round to milliseconds.
+        return max(0, bisect.bisect_right(self.seconds, seconds + 5e-4) - 1)
+
+    def get_frames_at(
+        self, wanted: list, height: int | None = None, width: int | None = None
+    ) -> torch.Tensor:
+        """Return the wanted frames as (num_frames, 3, height, width) uint8 RGB, upright.
+
+        `wanted`: indices (int), or times in seconds from the first frame (float), in any order.
+        Height and width left out: as shown. Raises ValueError where a frame cannot be decoded.
+        """
+        if height is None or width is None:
+            height, width = self.size
+        rows = {}  # time of a frame: where it goes
+        for row, i in enumerate(wanted):
+            i = self.index_at(i) if isinstance(i, float) else range(len(self))[i]
+            rows.setdefault(self._times[i], []).append(row)
+        frames = np.empty((len(wanted), height, width, 3), np.uint8)
+        # What decoding from key frames does not yield (a key frame that is none, as with intra
+        # refresh), decoding everything does, or the file is damaged.
+        for decode in (self._decode_sparsely, self._decode_from_the_start):
+            with contextlib.suppress(av.error.InvalidDataError):
+                for time, frame in decode(sorted(rows)):
+                    frames[rows.pop(time)] = self._to_rgb(frame, height, width)
+            if not rows:
+                return torch.from_numpy(frames).permute(0, 3, 1, 2)
+        index = bisect.bisect_left(self._times, min(rows))
+        raise ValueError(
+            f"the frame at {self.seconds[index]:.3f} s cannot be decoded: the file is damaged"
+        )
+
+    def _decode_sparsely(self, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Yield (time, frame) of the wanted times, ascending, from the nearest key frames on."""
+        if self._is_counted or not self._key_times or self.codec not in SEEKABLE_CODECS:
+            return
+        can_skip = self.codec in SKIPPING_CODECS
+        for key_time, times in self._groups(wanted):
+            missing, last = set(times), max(self._numbers[time] for time in times)
+            for packet in self._packets_from(key_time):
+                skips = can_skip and packet.pts not in missing
+                self._decoder.skip_frame = "NONREF" if skips else "DEFAULT"
+                frames = self._decoder.decode(packet if packet.size else None)
+                # All that is wanted has gone in: draining gets it out without decoding more.
+                is_last = self._numbers.get(packet.pts, -1) >= last
+                if is_last and packet.size:
+                    frames += self._decoder.decode(None)
+                for frame in frames:
+                    if frame.pts in missing and not frame.is_corrupt:
+                        missing.remove(frame.pts)
+                        yield frame.pts, frame
+                if is_last:
+                    break
+
+    def _groups(self, wanted: list[int]) -> list[tuple[int, list[int]]]:
+        """Return (time of a key frame, wanted times to decode from it on) in order."""
+        groups, last = [], -1
+        for time in wanted:
+            # A frame that is shown before a key frame is never decoded from it, even if it follows
+            # it in the file: it may refer to the frames before.
+            key_time = self._key_times[max(0, bisect.bisect_right(self._key_times, time) - 1)]
+            if self._numbers[key_time] > last:
+                groups.append((key_time, []))
+            groups[-1][1].append(time)
+            last = max(last, self._numbers[time])
+        return groups
+
+    def _packets_from(self, key_time: int) -> Iterator[av.Packet]:
+        """Go to a key frame, or to one before it where the container finds no better."""
+        # Some containers are sought in by pts, some by dts; either may land behind.
+        for target in (key_time, self._key_dts[key_time], self._key_times[0]):
+            if target is not None:
+                self._container.seek(target, stream=self._stream)
+                packets = self._container.demux(self._stream)
+                first = next((p for p in packets if p.is_keyframe), None)
+                if first is not None and first.pts is not None and first.pts <= key_time:
+                    return itertools.chain([first], packets)
+        return iter(())
+
+    def _decode_from_the_start(self, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Yield (time, frame) of the wanted times, ascending, decoding everything before them."""
+        self._open()
+        missing = set(wanted)
+        for i, frame in enumerate(self._container.decode(self._stream)):
+            time = i if self._is_counted else frame.pts
+            if time in missing and not frame.is_corrupt:
+                missing.remove(time)
+                yield time, frame
+            if not missing:
+                return
+
+    def _to_rgb(self, frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
+        # swscale converts and shrinks in one pass; the full-size RGB picture never exists.
+        if self._quarter_turns % 2:
+            height, width = width, height
+        threads = self._num_threads
+        rgb = frame.reformat(width, height, "rgb24", interpolation=INTERPOLATION, threads=threads)
+        return np.rot90(rgb.to_ndarray(), self._quarter_turns)
