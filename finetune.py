@@ -29,11 +29,11 @@ from util.checkpoint_util import (
     rewind_files,
     save_checkpoint,
 )
-from util.config import Config, UserError, fill_defaults, parse_config, run_main
+from util.config import Config, UserError, fill_defaults, parse_config, run_main  # single
 from util.logutil import (
-    MetricsFile,
+    MetricsFile,  # single
     check_report_to,
-    open_reporter,
+    open_reporter,  # single
     peak_memory_gib,
     plot_loss,
     setup_logging,
@@ -44,9 +44,9 @@ from util.model_util import (
     build_encoder,
     choose_attention,
     choose_device,
-    export_model,
+    export_model,  # single
     find_model,
-    load_model,
+    load_model,  # single
     load_processor,
 )
 from util.optim_util import build_optimizer, learning_rate_at
@@ -66,10 +66,11 @@ def train(
     checkpoint: Path | None = None,
 ) -> None:
     """Train `model` in place for `num_steps` optimizer steps, from `checkpoint` or the start."""
-    output_dir = Path(config.output_dir)
-    metrics_file = MetricsFile(output_dir / "metrics.jsonl", open_reporter(config, output_dir))
+    output_dir = Path(config.output_dir)  # single
+    metrics_path, rank = output_dir / "metrics.jsonl", 0  # single
+    metrics_file = MetricsFile(metrics_path, open_reporter(config, output_dir))  # single
     build_inputs = InputBuilder(processor, model.config._attn_implementation, device)
-    export = partial(export_model, model, processor)
+    export = partial(export_model, model, processor)  # single
     model.train()
     optimizer = build_optimizer(model, config.weight_decay)
     first_step = load_checkpoint(checkpoint, model, optimizer) if checkpoint else 0
@@ -78,8 +79,8 @@ def train(
     autocast = (
         torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
     )
-    micro_batches = load_micro_batches(data, first_step, num_steps, config, device, rank=0)
-    progress = tqdm(total=num_steps, initial=first_step, unit="step", disable=None)
+    micro_batches = load_micro_batches(data, first_step, num_steps, config, device, rank)
+    progress = tqdm(total=num_steps, initial=first_step, unit="step", disable=None)  # single
     stop, eval_loss, num_bad_steps = StopSignal(), None, 0
     if eval_data and first_step == 0:
         eval_loss = evaluate(config, model, build_inputs, eval_data, autocast, device)
@@ -98,13 +99,13 @@ def train(
         # packed: every micro-batch adds its sum, divided by the count of the whole step.
         loss, problems = torch.zeros((), device=device), []
         num_micro_batches = len(step.micro_batches[0])
-        for micro_batch in islice(micro_batches, num_micro_batches):
+        for micro_batch in islice(micro_batches, num_micro_batches):  # single
             with autocast:
                 logits = model(**build_inputs(micro_batch)).logits[0]
             targets = micro_batch.targets.to(device, non_blocking=True)
             loss_sum = F.cross_entropy(logits.float(), targets, reduction="sum")
             micro_batch_loss = loss_sum / step.num_supervised_tokens
-            micro_batch_loss.backward()
+            micro_batch_loss.backward()  # single
             loss += micro_batch_loss.detach()
             problems += micro_batch.problems
 
@@ -171,7 +172,8 @@ def evaluate(config: Config, model, build_inputs, data: PlannedData, autocast, d
     """Return the loss per supervised token of held-out data; nothing of the training changes."""
     loss_sum, num_supervised_tokens = torch.zeros((), device=device), 0
     num_steps = data.plan.num_steps_per_epoch
-    micro_batches = load_micro_batches(data, 0, num_steps, config, device, rank=0)
+    rank = 0  # single
+    micro_batches = load_micro_batches(data, 0, num_steps, config, device, rank)
     for step in data.plan.steps(0, num_steps):
         num_supervised_tokens += step.num_supervised_tokens
         for micro_batch in islice(micro_batches, len(step.micro_batches[0])):
@@ -186,35 +188,35 @@ def main() -> None:
     """Parse the flags, prepare, train, export."""
     config = parse_config()
     device = choose_device(config.device)
-    if config.model_name_or_path is None and device.type == "cpu":
+    if config.model_name_or_path is None and device.type == "cpu":  # single
         tqdm.write(
             "*** No NVIDIA device: training the embedded TINY model, a toy with random weights.\n"
             "*** For the real one: --model_name_or_path Qwen/Qwen2-VL-2B-Instruct (or a folder)."
         )
-    checkpoint = find_checkpoint(config) if config.resume_from else None
+    checkpoint = find_checkpoint(config) if config.resume_from else None  # single
     config = fill_defaults(config, device.type, checkpoint and checkpoint.parent)
     check_report_to(config.report_to)
-    output_dir = make_output_dir(config, checkpoint)
+    output_dir = make_output_dir(config, checkpoint)  # single
 
     # Everything that can be wrong with the data is known before the model is loaded.
     folder = find_model(config.model_name_or_path)
     processor = load_processor(folder, config)
     encoder = build_encoder(folder, processor, config)
-    data = prepare_data(config.train_data, encoder, config, world_size=1)
+    data = prepare_data(config.train_data, encoder, config, world_size=1)  # single
     eval_data = None
     if config.eval_data:
-        eval_data = prepare_data(config.eval_data, encoder, config, world_size=1)
+        eval_data = prepare_data(config.eval_data, encoder, config, world_size=1)  # single
     num_steps = data.plan.num_steps_per_epoch * config.num_epochs
     num_steps = min(num_steps, config.max_steps or num_steps)
 
     if checkpoint:
         check_same_run(checkpoint, config, data.digest)
-        rewind_files(checkpoint)
-    config.save(output_dir / "config_used.json")
-    setup_logging(output_dir)
+        rewind_files(checkpoint)  # single
+    config.save(output_dir / "config_used.json")  # single
+    setup_logging(output_dir)  # single
     torch.manual_seed(config.seed)
     attention = choose_attention(device, config.precision)
-    model = load_model(folder, attention, device)
+    model = load_model(folder, attention, device)  # single
 
     logger.info(
         f"model      {config.model_name_or_path}: {model.num_parameters() / 1e6:,.1f} M "
@@ -238,8 +240,8 @@ def main() -> None:
 
     started = time.perf_counter()
     train(config, model, processor, data, eval_data, num_steps, device, checkpoint)
-    export_model(model, processor, output_dir)
-    plot_loss(output_dir / "metrics.jsonl", output_dir / "loss.png")
+    export_model(model, processor, output_dir)  # single
+    plot_loss(output_dir / "metrics.jsonl", output_dir / "loss.png")  # single
     logger.info(
         f"done       in {time.perf_counter() - started:.0f} s. Compare: "
         f"python test_on_trained_model_by_us.py --model_dir {output_dir}"
@@ -247,4 +249,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main)  # single

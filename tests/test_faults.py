@@ -152,9 +152,12 @@ def test_a_signal_to_the_whole_group_saves_and_stops(number, data, undisturbed, 
 
 
 def test_a_second_signal_ends_at_once(data, tmp_path):
-    process = start(*flags(data, tmp_path / "out"))
-    wait_for(lambda: list((tmp_path / "out").glob(".checkpoint-*.partial")), process)
+    # Each save takes its time here, as those of real models do.
+    process = start(*flags(data, tmp_path / "out", "--save_steps", 1))
+    wait_for(lambda: len(logged_steps(tmp_path / "out")) >= 2, process)
     process.send_signal(signal.SIGTERM)
+    log = tmp_path / "out" / "train.log"
+    wait_for(lambda: "a second signal ends at once" in log.read_text(), process)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
     assert process.returncode in (-signal.SIGTERM, -signal.SIGINT)

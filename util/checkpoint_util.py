@@ -41,6 +41,7 @@ EXIT_STOPPED = 75
 MACHINE_SETTINGS = {
     *("output_dir", "num_epochs", "max_steps", "max_tokens", "num_workers", "device"),
     *("save_steps", "keep_checkpoints", "resume_from", "skip_bad_steps", "eval_steps", "eval_data"),
+    *("shard_size", "report_to"),
 }
 # Bytes of a parameter in a checkpoint: fp32 weight, two fp32 moments, bf16 weight.
 BYTES_PER_PARAMETER = 4 + 8 + 2
@@ -55,16 +56,15 @@ class StopSignal:
     A second signal ends the process at once.
     """
 
+    was_noted = False  # of this process
+
     def __init__(self):
         self.name = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number, frame):
-        if self.name:  # a second one that came before the first was noted
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.name = signal.Signals(number).name
+        self.name, StopSignal.was_noted = signal.Signals(number).name, True
         for other in (signal.SIGTERM, signal.SIGINT):
             signal.signal(other, signal.SIG_DFL)
         logger.warning(f"{self.name}: saving after this step; a second signal ends at once")

@@ -117,6 +117,11 @@ class Config:
     )
     eval_steps: int = HfArg(default=100, help="steps between evaluations on --eval_data")
     num_workers: int = HfArg(default=2, help="processes that read and decode the data")
+    shard_size: int | None = HfArg(
+        default=None,
+        help="finetune_distributed.py: GPUs that share one copy of weights, gradients and "
+        "optimizer state. Left out: all GPUs of one machine",
+    )
     device: str | None = HfArg(default=None, help="cuda, cuda:1, cpu. Left out: cuda, else cpu")
 
     # -- what is written
@@ -128,7 +133,7 @@ class Config:
         for name in (
             *("num_epochs", "max_steps", "batch_size", "learning_rate", "max_grad_norm"),
             *("min_pixels", "max_pixels", "video_fps", "video_max_frames", "video_max_pixels"),
-            *("max_tokens", "save_steps", "keep_checkpoints", "eval_steps"),
+            *("max_tokens", "save_steps", "keep_checkpoints", "eval_steps", "shard_size"),
         ):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -258,9 +258,16 @@ def export_model(model, processor, output_dir: str | Path) -> None:
     }
     if model.config.tie_word_embeddings:
         del state_dict["lm_head.weight"]  # one tensor under two names
+    write_model(model, state_dict, processor, output_dir)
+
+
+def write_model(model, state_dict: dict, processor, output_dir: str | Path) -> None:
+    """Write a model folder with the weights `state_dict`: whole tensors, bf16, on the CPU."""
     # A model without weights, since save_pretrained writes the dtype of the one it is called on.
     with torch.device("meta"):
-        skeleton = type(model)._from_config(deepcopy(model.config), dtype=torch.bfloat16)
+        skeleton = transformers.AutoModelForImageTextToText.from_config(
+            deepcopy(model.config), dtype=torch.bfloat16
+        )
     skeleton.generation_config = model.generation_config
     skeleton.save_pretrained(output_dir, state_dict=state_dict)
     processor.save_pretrained(output_dir)

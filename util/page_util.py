@@ -11,7 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from util.vision_util import VideoReader, check_local_file, read_image
+from util.media_source import check_local_file
+from util.video_reader import VideoReader
+from util.vision_util import read_image
 
 MAX_PICTURE_SIDE = 720  # pixels; larger pictures are shrunk
 MAX_CLIP_BYTES = 16 * 2**20  # larger clips are shown by one frame

@@ -1,0 +1,282 @@
+"""Fine-tune Qwen2-VL on many GPUs: finetune.py's loop, the same curve on any number of ranks.
+
+    ./finetune_distributed.sh --train_data train_data/data.json --batch_size 4
+
+Lines that are extra or different here end in "dist" behind a hash, those that they replace in
+finetune.py in "single"; a test compares the rest. util/distributed_util.py shards and starts.
+"""
+
+import logging
+import math
+import sys
+import time
+from contextlib import nullcontext
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState  # dist
+from accelerate.utils import broadcast_object_list, gather_object, reduce  # dist
+from tqdm import tqdm
+
+from util.checkpoint_util import (
+    EXIT_STOPPED,
+    StopSignal,
+    check_same_run,
+    find_checkpoint,
+    load_checkpoint,
+    make_output_dir,
+    rewind_files,
+    save_checkpoint,
+)
+from util.config import Config, UserError, fill_defaults, parse_config  # dist
+from util.distributed_util import (  # dist
+    agree_on_signal,  # dist
+    build_mesh,  # dist
+    export_sharded_model,  # dist
+    load_sharded_model,  # dist
+    main_process_first,  # dist
+    main_process_metrics,  # dist
+    on_main_process,  # dist
+    rank_metrics,  # dist
+    run_rank,  # dist
+    start_processes,  # dist
+)  # dist
+from util.logutil import (
+    check_report_to,
+    peak_memory_gib,
+    plot_loss,
+    setup_logging,
+    untested_versions,
+)
+from util.model_util import (
+    InputBuilder,
+    build_encoder,
+    choose_attention,
+    choose_device,
+    find_model,
+    load_processor,
+)
+from util.optim_util import build_optimizer, learning_rate_at
+from util.plan_util import PlannedData, load_micro_batches, prepare_data
+
+logger = logging.getLogger("finetune")
+
+
+def train(
+    config: Config,
+    model,
+    processor,
+    data: PlannedData,
+    eval_data: PlannedData | None,
+    num_steps: int,
+    device: torch.device,
+    checkpoint: Path | None = None,
+) -> None:
+    """Train `model` in place for `num_steps` optimizer steps, from `checkpoint` or the start."""
+    state = PartialState()  # dist
+    metrics_file, rank = main_process_metrics(config), state.process_index  # dist
+    build_inputs = InputBuilder(processor, model.config._attn_implementation, device)
+    export = partial(export_sharded_model, model, processor)  # dist
+    model.train()
+    optimizer = build_optimizer(model, config.weight_decay)
+    first_step = load_checkpoint(checkpoint, model, optimizer) if checkpoint else 0
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # fp32 weights either way; under autocast the matrix products run in bf16.
+    autocast = (
+        torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
+    )
+    micro_batches = load_micro_batches(data, first_step, num_steps, config, device, rank)
+    quiet = None if state.is_main_process else True  # dist
+    progress = tqdm(total=num_steps, initial=first_step, unit="step", disable=quiet)  # dist
+    stop, eval_loss, num_bad_steps = StopSignal(), None, 0
+    if eval_data and first_step == 0:
+        eval_loss = evaluate(config, model, build_inputs, eval_data, autocast, device)
+        metrics_file.append({"global_step": 0, "eval_loss": eval_loss})
+        logger.info(f"step       0/{num_steps:,}   held-out loss {eval_loss:.4f}")
+
+    for step in data.plan.steps(first_step, num_steps):
+        started, global_step = time.perf_counter(), step.global_step + 1
+        lr = learning_rate_at(
+            step.global_step, num_steps, config.learning_rate, config.warmup_ratio
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # The step's loss is one mean over all its supervised tokens, however the samples are
+        # packed: every micro-batch adds its sum, divided by the count of the whole step.
+        loss, problems = torch.zeros((), device=device), []
+        num_micro_batches = len(step.micro_batches[0])
+        for i, micro_batch in enumerate(islice(micro_batches, num_micro_batches)):  # dist
+            # Shards add up their gradients after every micro-batch, so that no rank has  # dist
+            # to hold them whole; replicas once a step.  # dist
+            model.set_requires_all_reduce(i == num_micro_batches - 1)  # dist
+            with autocast:
+                logits = model(**build_inputs(micro_batch)).logits[0]
+            targets = micro_batch.targets.to(device, non_blocking=True)
+            loss_sum = F.cross_entropy(logits.float(), targets, reduction="sum")
+            micro_batch_loss = loss_sum / step.num_supervised_tokens
+            # What is wanted is the sum over the ranks; fully_shard takes the mean.  # dist
+            (micro_batch_loss * state.num_processes).backward()  # dist
+            loss += micro_batch_loss.detach()
+            problems += micro_batch.problems
+
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        grad_norm, loss = grad_norm.full_tensor(), reduce(loss, "sum")  # dist
+        if config.on_bad_sample == "skip":  # dist
+            problems = gather_object(problems)  # dist
+        # The only place where the step waits for the device.
+        loss, grad_norm = torch.stack([loss, grad_norm]).tolist()
+        agree_on_signal(stop, device)  # dist
+        is_bad = not (math.isfinite(loss) and math.isfinite(grad_norm))
+        num_bad_steps = num_bad_steps + 1 if is_bad else 0
+        if num_bad_steps > config.skip_bad_steps:
+            save_checkpoint(
+                step.global_step, model, optimizer, export, config, data.digest, eval_loss
+            )
+            raise UserError(
+                f"step {global_step}: loss {loss}, gradient norm {grad_norm}: stopped before the "
+                f"weights change. Samples of this step: {step.samples}. Look at them "
+                "(check_data.py --show N), lower --learning_rate, or try --precision fp32"
+            )
+        if is_bad:
+            logger.warning(f"step {global_step} skipped: loss {loss}, gradient norm {grad_norm}")
+        else:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        seconds = time.perf_counter() - started
+        metrics = {
+            "global_step": global_step,
+            "epoch": step.epoch,
+            "loss": None if is_bad else loss,
+            "learning_rate": lr,
+            "grad_norm": None if is_bad else grad_norm,
+            "num_samples": len(step.samples) - len(problems),
+            "num_bad_samples": len(problems),
+            "num_micro_batches": num_micro_batches,
+            "num_tokens": step.num_tokens,
+            "num_supervised_tokens": step.num_supervised_tokens,
+            "seconds": seconds,
+            "tokens_per_second": step.num_tokens / seconds,
+            "peak_memory_gib": peak_memory_gib(device),
+        }
+        metrics |= rank_metrics(data.plan, step, config.max_tokens - data.plan.capacity)  # dist
+        metrics_file.append(metrics)
+        for problem in problems:
+            logger.warning(f"left out   {problem}")
+        line = f"loss {loss:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s"
+        progress.set_postfix_str(line)
+        progress.update()
+        if global_step % max(1, num_steps // 20) == 0:
+            logger.info(f"step {global_step:>7,}/{num_steps:,}   {line}")
+
+        if eval_data and (global_step % config.eval_steps == 0 or global_step == num_steps):
+            eval_loss = evaluate(config, model, build_inputs, eval_data, autocast, device)
+            metrics_file.append({"global_step": global_step, "eval_loss": eval_loss})
+            logger.info(f"step {global_step:>7,}/{num_steps:,}   held-out loss {eval_loss:.4f}")
+        if global_step % config.save_steps == 0 or stop.name:
+            save_checkpoint(global_step, model, optimizer, export, config, data.digest, eval_loss)
+        if stop.name:
+            logger.warning(f"{stop.name}: stopped after step {global_step}; go on with")
+            logger.warning(f"  --output_dir {config.output_dir} --resume_from latest")
+            sys.exit(EXIT_STOPPED)
+    progress.close()
+
+
+@torch.no_grad()
+def evaluate(config: Config, model, build_inputs, data: PlannedData, autocast, device) -> float:
+    """Return the loss per supervised token of held-out data; nothing of the training changes."""
+    loss_sum, num_supervised_tokens = torch.zeros((), device=device), 0
+    num_steps = data.plan.num_steps_per_epoch
+    rank = PartialState().process_index  # dist
+    micro_batches = load_micro_batches(data, 0, num_steps, config, device, rank)
+    for step in data.plan.steps(0, num_steps):
+        num_supervised_tokens += step.num_supervised_tokens
+        for micro_batch in islice(micro_batches, len(step.micro_batches[0])):
+            with autocast:
+                logits = model(**build_inputs(micro_batch)).logits[0]
+            targets = micro_batch.targets.to(device, non_blocking=True)
+            loss_sum += F.cross_entropy(logits.float(), targets, reduction="sum")
+    loss_sum = reduce(loss_sum, "sum")  # dist
+    return loss_sum.item() / num_supervised_tokens
+
+
+def main() -> None:
+    """Parse the flags, prepare, train, export."""
+    config = parse_config()
+    device = choose_device(config.device)
+    state = start_processes(config, device)  # dist
+    device, world_size = state.device, state.num_processes  # dist
+    mesh, is_main = build_mesh(state, config.shard_size), state.is_main_process  # dist
+    if is_main and config.model_name_or_path is None and device.type == "cpu":  # dist
+        tqdm.write(
+            "*** No NVIDIA device: training the embedded TINY model, a toy with random weights.\n"
+            "*** For the real one: --model_name_or_path Qwen/Qwen2-VL-2B-Instruct (or a folder)."
+        )
+    checkpoint = on_main_process(find_checkpoint, config) if config.resume_from else None  # dist
+    config = fill_defaults(config, device.type, checkpoint and checkpoint.parent)
+    # All ranks write into the main one's folder: their clocks need not agree.  # dist
+    config = broadcast_object_list([config])[0]  # dist
+    check_report_to(config.report_to)
+    output_dir = on_main_process(make_output_dir, config, checkpoint)  # dist
+
+    # Everything that can be wrong with the data is known before the model is loaded.
+    folder = find_model(config.model_name_or_path)
+    processor = load_processor(folder, config)
+    encoder = build_encoder(folder, processor, config)
+    data = main_process_first(prepare_data, config.train_data, encoder, config, world_size)  # dist
+    eval_data = None
+    if config.eval_data:
+        names = config.eval_data  # dist
+        eval_data = main_process_first(prepare_data, names, encoder, config, world_size)  # dist
+    num_steps = data.plan.num_steps_per_epoch * config.num_epochs
+    num_steps = min(num_steps, config.max_steps or num_steps)
+
+    if checkpoint:
+        check_same_run(checkpoint, config, data.digest)
+        on_main_process(rewind_files, checkpoint)  # dist
+    if is_main:  # dist
+        config.save(output_dir / "config_used.json")  # dist
+        setup_logging(output_dir)  # dist
+    torch.manual_seed(config.seed)
+    attention = choose_attention(device, config.precision)
+    model = load_sharded_model(folder, attention, device, mesh, config.precision)  # dist
+
+    logger.info(
+        f"model      {config.model_name_or_path}: {model.num_parameters() / 1e6:,.1f} M "
+        f"parameters on {device}, {config.precision}, attention {attention}"
+    )
+    logger.info(f"data       {' '.join(config.train_data)}: {data.index.summary()}")
+    if eval_data:
+        logger.info(f"held out   {' '.join(config.eval_data)}: {eval_data.index.summary()}")
+    for problem in data.problems + (eval_data.problems if eval_data else []):
+        logger.warning(f"left out   {problem}")
+    logger.info(
+        f"steps      {num_steps} of {config.batch_size} samples ({data.plan.num_steps_per_epoch} "
+        f"an epoch), in micro-batches of at most {config.max_tokens:,} tokens; learning rate "
+        f"{config.learning_rate:g}"
+    )
+    replicas, shards = mesh["replicate"].size(), mesh["shard"].size()  # dist
+    logger.info(f"ranks      {world_size}: {replicas} replicas, each over {shards}")  # dist
+    logger.info(f"output     {output_dir}, a checkpoint every {config.save_steps} steps")
+    if checkpoint:
+        logger.info(f"resumed    from {checkpoint}")
+    if other := untested_versions():
+        logger.warning(f"versions   not tested: {other}")
+
+    started = time.perf_counter()
+    train(config, model, processor, data, eval_data, num_steps, device, checkpoint)
+    export_sharded_model(model, processor, output_dir)  # dist
+    if is_main:  # dist
+        plot_loss(output_dir / "metrics.jsonl", output_dir / "loss.png")  # dist
+    logger.info(
+        f"done       in {time.perf_counter() - started:.0f} s. Compare: "
+        f"python test_on_trained_model_by_us.py --model_dir {output_dir}"
+    )
+
+
+if __name__ == "__main__":
+    run_rank(main)  # dist

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Fine-tune on several GPUs, of one machine or of several; without a GPU, two processes train the
+# embedded tiny model on the CPU. Edit this block, then run ./finetune_distributed.sh, on each
+# machine. What follows on the command line goes on to finetune_distributed.py and wins.
+
+CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-all}"  # all, or as in 0,1,2,3: one process for each
+NUM_MACHINES="${NUM_MACHINES:-1}"
+MACHINE_RANK="${MACHINE_RANK:-0}"                   # 0 on the main machine, then 1, 2, ...
+MAIN_PROCESS_IP="${MAIN_PROCESS_IP:-127.0.0.1}"     # the main machine, as the others reach it
+MAIN_PROCESS_PORT="${MAIN_PROCESS_PORT:-29500}"     # a free port there
+MODEL=""                            # empty: Qwen/Qwen2-VL-2B-Instruct; without a GPU: tiny
+TRAIN_DATA="train_data/data.json"
+BATCH_SIZE=4                        # samples in one optimizer step, over all GPUs
+MAX_TOKENS=4096                     # tokens in one forward pass: lower it when memory runs out
+SHARD_SIZE=""                       # GPUs that share one copy of the model; empty: a machine's
+LEARNING_RATE=""                    # empty: 1e-5; tiny: 1e-3
+NUM_EPOCHS=""                       # empty: 3; tiny: 60
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source util/setup_env.sh requirements.txt
+
+if [[ "$CUDA_VISIBLE_DEVICES" == all ]]; then
+    CUDA_VISIBLE_DEVICES="$({ nvidia-smi --query-gpu=index --format=csv,noheader || true; } \
+        2>/dev/null | paste -sd,)"
+fi
+export CUDA_VISIBLE_DEVICES
+IFS=, read -ra gpus <<< "$CUDA_VISIBLE_DEVICES"
+if [[ ${#gpus[@]} -gt 1 ]]; then
+    launcher=(accelerate launch --multi_gpu --mixed_precision no --dynamo_backend no
+        --num_processes $((${#gpus[@]} * NUM_MACHINES)) --num_machines "$NUM_MACHINES"
+        --machine_rank "$MACHINE_RANK" --main_process_ip "$MAIN_PROCESS_IP"
+        --main_process_port "$MAIN_PROCESS_PORT")
+else
+    # accelerate would start one process without joining it to those of other machines.
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    launcher=(torchrun --nproc_per_node $((${#gpus[@]} ? 1 : 2)))
+    if [[ "$NUM_MACHINES" -gt 1 ]]; then
+        launcher+=(--nnodes "$NUM_MACHINES" --node_rank "$MACHINE_RANK"
+            --master_addr "$MAIN_PROCESS_IP" --master_port "$MAIN_PROCESS_PORT")
+    else
+        launcher+=(--standalone)
+    fi
+fi
+
+exec "${launcher[@]}" finetune_distributed.py \
+    ${MODEL:+--model_name_or_path "$MODEL"} \
+    --train_data "$TRAIN_DATA" \
+    --batch_size "$BATCH_SIZE" \
+    --max_tokens "$MAX_TOKENS" \
+    ${SHARD_SIZE:+--shard_size "$SHARD_SIZE"} \
+    ${LEARNING_RATE:+--learning_rate "$LEARNING_RATE"} \
+    ${NUM_EPOCHS:+--num_epochs "$NUM_EPOCHS"} \
+    "$@"

@@ -1,0 +1,499 @@
+"""Several ranks draw the same curve as one, hold only their share, and end together."""
+
+import ast
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import (
+    CPU,
+    REPO,
+    assistant,
+    image,
+    make_image,
+    make_video,
+    set_up,
+    text,
+    tiny_config,
+    user,
+    video,
+    write_data,
+)
+from transformers import AutoModelForImageTextToText
+
+from finetune import train
+from util.config import UserError
+from util.distributed_util import build_mesh, rank_metrics, start_processes
+from util.model_util import export_model, load_model, load_processor
+from util.plan_util import Index, Plan
+
+DRIVER = REPO / "tests" / "distributed_driver.py"
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+FLAGS = {"batch_size": 8, "learning_rate": 1e-3, "num_epochs": 3, "max_tokens": 400}
+
+
+def flags_of(**flags):
+    pairs = {"model_name_or_path": "tiny", "num_workers": 0} | flags
+    return [part for name, value in pairs.items() for part in (f"--{name}", str(value))]
+
+
+def start(*command, **environment):
+    return subprocess.Popen(
+        [str(part) for part in command],
+        cwd=REPO,
+        env=ENVIRONMENT | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def torchrun(num_ranks, *script):
+    return start(
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc_per_node", num_ranks, *script),
+    )
+
+
+def finish(process, timeout, code=0):
+    """Wait for a launcher, end it where that takes too long, and return what was printed."""
+    try:
+        printed, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # it ends its ranks
+        printed, _ = process.communicate()
+        pytest.fail(f"still running after {timeout} s:\n{printed}")
+    assert process.returncode == code, printed
+    return printed
+
+
+def drive(tmp_path, num_ranks, cases, timeout=300, code=0):
+    path = tmp_path / "cases.json"
+    path.write_text(json.dumps(cases))
+    return finish(torchrun(num_ranks, DRIVER, path), timeout, code)
+
+
+def read_metrics(output_dir):
+    lines = (Path(output_dir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+# ------------------------------------------------------------------ the two scripts
+
+
+def code_without(path, mark):
+    """Return the lines of a script below its docstring, without those that end in a mark."""
+    source = path.read_text(encoding="utf-8")
+    docstring = ast.parse(source).body[0]
+    lines = source.splitlines()[docstring.end_lineno :]
+    assert any(line.endswith(f"  # {mark}") for line in lines)
+    return [line for line in lines if not line.endswith(f"  # {mark}")]
+
+
+def test_the_distributed_script_differs_only_in_marked_lines():
+    single = code_without(REPO / "finetune.py", "single")
+    distributed = code_without(REPO / "finetune_distributed.py", "dist")
+    assert distributed == single
+
+
+# ------------------------------------------------------------------ the one rule
+
+
+def train_alone(data, folder, output_dir, num_steps, **flags):
+    """Train with finetune.train() in this process; return metrics and weights by name."""
+    output_dir.mkdir(parents=True)
+    flags = FLAGS | flags | {"train_data": [data], "output_dir": str(output_dir)}
+    run = set_up(tiny_config(**flags), folder)
+    train(run.config, run.model, run.processor, run.data, None, num_steps, CPU)
+    export_model(run.model, load_processor(folder, run.config), output_dir)
+    return read_metrics(output_dir), {n: p.detach() for n, p in run.model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def alone(mixed_data, tiny_folder, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("alone") / "out"
+    return output_dir, *train_alone(mixed_data, tiny_folder, output_dir, 10, precision="fp32")
+
+
+def fp32_case(data, output_dir, shard_size):
+    flags = FLAGS | {"train_data": data, "precision": "fp32", "max_steps": 10}
+    return {"argv": flags_of(**flags, shard_size=shard_size, output_dir=output_dir)}
+
+
+def bf16_case(data, output_dir, num_steps, **flags):
+    flags = FLAGS | {"train_data": data, "precision": "bf16", "max_steps": num_steps} | flags
+    return {"argv": flags_of(**flags, output_dir=output_dir)}
+
+
+def adversarial_case(data, output_dir, num_steps):
+    flags = {"train_data": data, "precision": "fp32", "batch_size": 3, "num_epochs": 100}
+    flags |= {"max_steps": num_steps, "max_tokens": 200, "output_dir": output_dir}
+    return {"argv": flags_of(**flags), "hook": "adversarial"}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(mixed_data, split_data, unlike_data, tmp_path_factory):
+    """Several runs of two ranks, one after the other: starting takes longer than running."""
+    folder = tmp_path_factory.mktemp("two")
+    cases = [
+        *(fp32_case(mixed_data, folder / f"fp32-{size}", size) for size in (1, 2)),
+        bf16_case(split_data[0], folder / "bf16", 5),
+        adversarial_case(unlike_data, folder / "adversarial", 20),
+    ]
+    drive(folder, 2, cases)
+    return folder
+
+
+@pytest.mark.parametrize("shard_size", [1, 2])
+def test_two_ranks_do_not_change_the_run(shard_size, alone, two_ranks):
+    check_same_run(two_ranks / f"fp32-{shard_size}", *alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks, shard_sizes", [(1, [1]), (4, [1, 2, 4])])
+def test_any_ranks_do_not_change_the_run(num_ranks, shard_sizes, alone, mixed_data, tmp_path):
+    cases = [fp32_case(mixed_data, tmp_path / str(size), size) for size in shard_sizes]
+    drive(tmp_path, num_ranks, cases)
+    for size in shard_sizes:
+        check_same_run(tmp_path / str(size), *alone)
+
+
+def check_same_run(output_dir, single_output_dir, metrics, weights):
+    """The run in `output_dir` is the run of one process: every step, the weights, the export."""
+    assert [m["num_samples"] for m in metrics] == [8, 8, 8, 1] * 2 + [8, 8]
+    for step, other in zip(read_metrics(output_dir), metrics, strict=True):
+        assert step["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        for key in ("num_samples", "num_tokens", "num_supervised_tokens", "learning_rate"):
+            assert step[key] == other[key]
+    final = torch.load(output_dir / "final.pt")
+    assert set(final) == set(weights)
+    difference = sum((final[n] - w).square().sum() for n, w in weights.items()).sqrt()
+    norm = sum(w.square().sum() for w in weights.values()).sqrt()
+    assert difference / norm < 1e-5
+    check_export(output_dir, single_output_dir, final)
+
+
+def check_export(output_dir, single_output_dir, final):
+    """The folder holds the files and settings that export_model writes, and the final weights."""
+    names = {p.name for p in single_output_dir.iterdir()}
+    assert names <= {p.name for p in output_dir.iterdir()}
+    for name in names - {"model.safetensors", "metrics.jsonl"}:
+        assert (output_dir / name).read_text() == (single_output_dir / name).read_text(), name
+    model = AutoModelForImageTextToText.from_pretrained(output_dir)
+    assert model.dtype == torch.bfloat16
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, final[name].bfloat16()), name
+
+
+def held_out_loss(model_dir, data, tiny_folder):
+    """Return the loss per supervised token of a model folder on the samples of `data`."""
+    run = set_up(tiny_config(train_data=[data], batch_size=100, max_tokens=2000), tiny_folder)
+    model = load_model(str(model_dir), "packed_sdpa", CPU).eval()
+    total, step = 0.0, run.plan.step(0)
+    for samples in step.micro_batches[0]:
+        micro_batch = run.data.samples.collate([run.data.samples[i] for i in samples])
+        with torch.no_grad():
+            logits = model(**run.build_inputs(micro_batch)).logits[0]
+        total += F.cross_entropy(logits, micro_batch.targets, reduction="sum").item()
+    return total / step.num_supervised_tokens
+
+
+@pytest.fixture(scope="module")
+def split_data(mixed_data, tmp_path_factory):
+    """mixed_data in two: 20 samples to train on, 5 held out."""
+    records = json.loads(Path(mixed_data).read_text(encoding="utf-8"))
+    folder = tmp_path_factory.mktemp("split")
+    conversations = [record["messages"] for record in records]
+    return (
+        write_data(folder / "train.json", conversations[:20]),
+        write_data(folder / "held_out.json", conversations[20:]),
+    )
+
+
+def test_bf16_follows_one_process(two_ranks, split_data, tiny_folder, tmp_path):
+    metrics, _ = train_alone(split_data[0], tiny_folder, tmp_path / "a", 5, precision="bf16")
+    losses = [m["loss"] for m in read_metrics(two_ranks / "bf16")]
+    assert losses == pytest.approx([m["loss"] for m in metrics], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_bf16_ends_where_one_process_ends(split_data, tiny_folder, tmp_path):
+    flags = {"num_epochs": 100, "learning_rate": 3e-4}
+    train_alone(split_data[0], tiny_folder, tmp_path / "alone", 200, precision="bf16", **flags)
+    drive(tmp_path, 2, [bf16_case(split_data[0], tmp_path / "ranks", 200, **flags)], timeout=900)
+    loss, other, start_loss = (
+        held_out_loss(folder, split_data[1], tiny_folder)
+        for folder in (tmp_path / "ranks", tmp_path / "alone", tiny_folder)
+    )
+    assert loss == pytest.approx(other, rel=0.01)
+    assert other < 0.7 * start_loss, "nothing was learned"
+
+
+# ------------------------------------------------------------------ what ranks hold
+
+
+def test_tokens_by_rank_add_up_and_dummy_work_is_told():
+    lengths = torch.tensor([50, 40, 30, 20, 10]).numpy()
+    index = Index(lengths, lengths // 2, lengths // 5, lengths // 10)
+    step = Plan(index, 5, 60, 0, world_size=3).step(0)
+    metrics = rank_metrics(Plan(index, 5, 60, 0, world_size=3), step, num_dummy_tokens=5)
+    hands = [[i for micro in rank for i in micro] for rank in step.micro_batches]
+    for rank, hand in enumerate(hands):
+        image_tokens = sum(lengths[i] // 5 for i in hand)
+        video_tokens = sum(lengths[i] // 10 for i in hand)
+        total = sum(lengths[i] for i in hand)
+        assert metrics["num_image_tokens_by_rank"][rank] == image_tokens
+        assert metrics["num_video_tokens_by_rank"][rank] == video_tokens
+        assert metrics["num_text_tokens_by_rank"][rank] == total - image_tokens - video_tokens
+        dummy = 5 * len(step.micro_batches[rank])
+        assert metrics["dummy_share_by_rank"][rank] == round(dummy / (total + dummy), 4)
+    one_sample = Plan(index, 1, 60, 0, world_size=2)
+    assert rank_metrics(one_sample, one_sample.step(0), 5)["dummy_share_by_rank"][1] == 1.0
+
+
+@pytest.fixture(scope="module")
+def large_folder(tiny_folder, tmp_path_factory):
+    """A model of 100 M parameters with tiny's processor, its weights in several files."""
+    folder = tmp_path_factory.mktemp("large")
+    model = AutoModelForImageTextToText.from_pretrained(tiny_folder, dtype=torch.float32)
+    config, generation_config = model.config, model.generation_config
+    config.text_config.update(
+        {"hidden_size": 768, "intermediate_size": 2816, "num_hidden_layers": 13}
+        | {"num_attention_heads": 12, "layer_types": ["full_attention"] * 13}
+        | {"head_dim": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    )
+    config.text_config.rope_parameters["mrope_section"] = [8, 12, 12]
+    config.vision_config.hidden_size = 768
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    model.generation_config = generation_config
+    model.save_pretrained(folder, max_shard_size="60MB")
+    load_processor(tiny_folder, tiny_config()).save_pretrained(folder)
+    assert len(list(folder.glob("model-*.safetensors"))) > 3
+    return folder, sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_memory_falls_with_the_shard_size(large_folder, mixed_data, tmp_path):
+    folder, num_parameters = large_folder
+    assert 80e6 < num_parameters < 130e6
+    whole = 4 * num_parameters
+    flags = {"precision": "fp32", "max_steps": 2, "num_epochs": 1, "learning_rate": 1e-4}
+    flags |= {"max_pixels": 50176, "video_max_pixels": 25088}
+    alone, _ = train_alone(mixed_data, str(folder), tmp_path / "alone", 2, **flags)
+    flags |= {"model_name_or_path": folder, "train_data": mixed_data, "batch_size": 8}
+    for size in (1, 2, 4):
+        output_dir = tmp_path / str(size)
+        argv = flags_of(**flags, max_tokens=400, shard_size=size, output_dir=output_dir)
+        drive(tmp_path, 4, [{"argv": argv, "hook": "memory"}], timeout=600)
+        # Its embeddings are not tied, so they are sharded otherwise than tiny's.
+        for step, other in zip(read_metrics(output_dir), alone, strict=True):
+            assert step["loss"] == pytest.approx(other["loss"], rel=1e-5)
+            assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        reports = [json.loads((output_dir / f"memory-{r}.json").read_text()) for r in range(4)]
+        print(f"shard size {size}, {whole:,} bytes of parameters: {reports}")
+        for report in reports:
+            # Uneven shards and the padding of small parameters are the 5 %.
+            assert report["parameters"] == pytest.approx(whole / size, rel=0.05)
+            assert report["gradients"] == pytest.approx(whole / size, rel=0.05)
+            assert report["optimizer"] == pytest.approx(2 * whole / size, rel=0.05)
+            # The shards themselves, and never a second copy beside them.
+            assert report["peak_of_loading"] < whole / size + 0.15 * whole
+        # One copy in bf16, on the main rank alone.
+        assert 0.4 * whole < reports[0]["peak_of_exporting"] < 0.75 * whole
+        assert max(r["peak_of_exporting"] for r in reports[1:]) < 0.25 * whole
+
+
+# ------------------------------------------------------------------ no hang, and ends
+
+
+@pytest.fixture(scope="module")
+def unlike_data(tmp_path_factory):
+    """12 samples, four each of text, image and video."""
+    folder = tmp_path_factory.mktemp("unlike")
+    picture = image(make_image(folder / "a.png", 60, 90))
+    clip = video(make_video(folder / "a.mp4", 8, 64, 64))
+    media = [(), (picture,), (clip,)]
+    return write_data(
+        folder / "data.json",
+        [[user(*media[i % 3], text(f"What {i}?")), assistant(f"That {i}.")] for i in range(12)],
+    )
+
+
+def test_ranks_with_unlike_samples_do_not_hang(two_ranks):
+    check_unlike_ranks(two_ranks / "adversarial", 20)
+
+
+@pytest.mark.slow
+def test_200_steps_of_unlike_samples_do_not_hang(unlike_data, tmp_path):
+    drive(tmp_path, 2, [adversarial_case(unlike_data, tmp_path / "out", 200)], timeout=240)
+    check_unlike_ranks(tmp_path / "out", 200)
+
+
+def check_unlike_ranks(output_dir, num_steps):
+    """All steps were done, also with ranks that had no sample, only text, or other media."""
+    metrics = read_metrics(output_dir)
+    assert len(metrics) == num_steps
+
+    def kinds(m, rank):
+        return tuple(m[f"num_{k}_tokens_by_rank"][rank] > 0 for k in ("text", "image", "video"))
+
+    seen = {(kinds(m, 0), kinds(m, 1)) for m in metrics}
+    nothing, only_text = (False, False, False), (True, False, False)
+    assert any(nothing in pair for pair in seen)
+    assert any(only_text in pair and any(k[1] or k[2] for k in pair) for pair in seen)
+    assert any(a[1] and not a[2] and b[2] and not b[1] for a, b in seen | {p[::-1] for p in seen})
+
+
+def seconds_since_last_written(path):
+    return time.time() - path.stat().st_mtime
+
+
+@pytest.mark.parametrize(
+    "hook, said",
+    [
+        ("raise", "OutOfMemoryError: rank one ran out of memory"),
+        ("kill", "Signal 9 (SIGKILL)"),
+    ],
+)
+def test_one_rank_that_fails_ends_all(hook, said, mixed_data, tmp_path):
+    flags = FLAGS | {"train_data": mixed_data, "precision": "fp32", "output_dir": tmp_path / "out"}
+    printed = drive(tmp_path, 2, [{"argv": flags_of(**flags), "hook": hook}], code=1)
+    assert seconds_since_last_written(tmp_path / "out" / "metrics.jsonl") < 60
+    root_cause = printed[printed.index("Root Cause") :]
+    assert said in root_cause and re.search(r"rank +: 1 ", root_cause)
+    assert printed.count(said) == 1 and "gloo" not in printed and "Connection" not in printed
+
+
+def test_a_bad_sample_on_one_rank_ends_all(tmp_path):
+    path = Path(make_image(tmp_path / "cut.png", 200, 200))
+    path.write_bytes(path.read_bytes()[:-2000])
+    samples = [[user(text(f"Hi {i}")), assistant("Hello. " * 20)] for i in range(3)]
+    data = write_data(
+        tmp_path / "data.json", [*samples, [user(image(str(path)), text("?")), assistant("x")]]
+    )
+    flags = {"train_data": data, "precision": "fp32", "output_dir": tmp_path / "out"}
+    flags |= {"num_epochs": 3}
+    printed = finish(torchrun(2, "finetune_distributed.py", *flags_of(**flags)), 180, code=1)
+    assert seconds_since_last_written(tmp_path / "out" / "train.log") < 60
+    last = printed[printed.index("Root Cause") :]
+    assert "UserError" in last and "sample 3" in last and str(path) in last
+    assert printed.count("sample 3") == 1 and "gloo" not in printed
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_mistake_is_told_once(tmp_path):
+    data = write_data(tmp_path / "data.json", [[user("Hi")]])
+    printed = finish(
+        torchrun(2, "finetune_distributed.py", *flags_of(train_data=data)), 180, code=1
+    )
+    assert printed.count("no assistant message") == 1
+
+
+def test_a_shard_size_must_divide_the_number_of_ranks():
+    with pytest.raises(UserError, match="--shard_size 3: must divide the number of processes, 4"):
+        build_mesh(SimpleNamespace(num_processes=4, device=CPU), 3)
+
+
+def test_without_a_launcher_it_says_how_to_start(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match=r"\./finetune_distributed\.sh"):
+        start_processes(tiny_config(), CPU)
+
+
+# ------------------------------------------------------------------ the launcher
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def test_the_launcher_trains_tiny_without_a_gpu(tmp_path):
+    out = tmp_path / "out"
+    process = start("./finetune_distributed.sh", "--max_steps", 3, "--output_dir", out)
+    printed = finish(process, 120)
+    assert printed.count("TINY") == 1 and "ranks      2" in printed
+    assert len(read_metrics(out)) == 3
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        *("config.json", "generation_config.json", "model.safetensors", "chat_template.jinja"),
+        *("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
+        *("config_used.json", "train.log", "metrics.jsonl", "loss.png"),
+    }
+
+
+def two_machines(launcher, *flags, **environment):
+    """Start two launchers on one machine, which find each other as two machines would."""
+    # Two devices are named, so that accelerate launch is used; the flags choose the CPU.
+    devices = {"CUDA_VISIBLE_DEVICES": "0,1" if launcher == "accelerate" else ""}
+    environment = {"NUM_MACHINES": "2", "MAIN_PROCESS_PORT": free_port()} | devices | environment
+    flags = ["--model_name_or_path", "tiny", "--device", "cpu", *flags]
+    return [
+        start("./finetune_distributed.sh", *flags, MACHINE_RANK=str(rank), **environment)
+        for rank in range(2)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_machines_train_one_model(launcher, tmp_path):
+    out = tmp_path / "out"
+    machines = two_machines(launcher, "--max_steps", 4, "--output_dir", out)
+    printed = [finish(machine, 400) for machine in machines]
+    assert "4: 2 replicas, each over 2" in printed[0] and "step" not in printed[1]
+    alone = tmp_path / "alone"
+    finish(start("./finetune.sh", "--max_steps", 4, "--output_dir", alone), 200)
+    losses = [[m["loss"] for m in read_metrics(folder)] for folder in (out, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(losses[0]) == 4
+
+
+@pytest.mark.slow
+def test_a_rank_killed_on_one_machine_ends_the_other(tmp_path):
+    out = tmp_path / "out"
+    machines = two_machines("torchrun", "--num_epochs", 10_000, "--output_dir", out)
+    deadline = time.time() + 300
+    while not (out / "metrics.jsonl").exists():
+        assert time.time() < deadline and machines[1].poll() is None
+        time.sleep(0.2)
+    ranks = Path(f"/proc/{machines[1].pid}/task/{machines[1].pid}/children").read_text().split()
+    os.kill(int(ranks[0]), signal.SIGKILL)
+    killed = time.time()
+    printed = [finish(machine, 60, code=1) for machine in machines]
+    assert time.time() - killed < 60
+    assert "Signal 9 (SIGKILL)" in printed[1]
+    # All that the other machine knows.
+    assert "Connection" in printed[0]
+
+
+# ------------------------------------------------------------------ GPUs
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+@pytest.mark.parametrize("shard_size", [1, 2])
+def test_two_gpus_follow_one(shard_size, tmp_path):
+    """NCCL, bf16, and flash attention where it is installed, against finetune.py."""
+    flags = ["--model_name_or_path", "tiny", "--precision", "bf16", "--max_steps", 5]
+    devices = {"CUDA_VISIBLE_DEVICES": "0,1"}
+    ranks = [*flags, "--shard_size", shard_size, "--output_dir", tmp_path / "ranks"]
+    finish(start("./finetune_distributed.sh", *ranks, **devices), 300)
+    alone = [*flags, "--output_dir", tmp_path / "alone"]
+    finish(start(sys.executable, "finetune.py", *alone, **devices), 300)
+    losses = [[m["loss"] for m in read_metrics(tmp_path / name)] for name in ("ranks", "alone")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
