@@ -2,6 +2,7 @@
 
     python check_data.py --train_data train_data/data.json
     python check_data.py --train_data train_data/data.json --show 3
+    python check_data.py --train_data train_data/data.json --plan 24
 
 Exit code 1 when something is wrong. Takes all flags of finetune.py: those on tokens and pixels
 decide what fits.
@@ -12,12 +13,25 @@ import json
 
 import numpy as np
 import torch
+import transformers
 
 from util.config import Config, UserError, fill_defaults, parse_config, run_main
 from util.data_util import Records, parse_conversation
-from util.model_util import build_encoder, choose_device, find_model, load_processor
-from util.plan_util import Index, build_index, check_lengths, decode_all
+from util.flops_util import PEAK_FLOPS, PUBLISHED_SHAPES, FlopCounter, published_config
+from util.model_util import base_folder, build_encoder, choose_device, find_model, load_processor
+from util.plan_util import (
+    Index,
+    PlannedData,
+    build_index,
+    check_lengths,
+    decode_all,
+    prepare_data,
+)
+from util.planner import fitting_flags, plan_memory
 from util.sample_util import IGNORE, Sample, SampleEncoder
+
+# Of the peak operations of a GPU, what a run is assumed to reach when its hours are told.
+ASSUMED_MFU = 0.4
 
 
 def show_sample(encoder: SampleEncoder, records: Records, i: int) -> Sample:
@@ -92,16 +106,92 @@ def check_files(names: list[str], encoder: SampleEncoder, config: Config, decode
     return len(problems)
 
 
+def load_for_plan(config: Config):
+    """Return processor, encoder and model configuration; no weights are needed.
+
+    A published model that is not on this machine is planned with the embedded tokenizer.
+    """
+    try:
+        folder = find_model(config.model_name_or_path, with_weights=False)
+        model_config = transformers.AutoConfig.from_pretrained(base_folder(folder))
+    except UserError:
+        if config.model_name_or_path not in PUBLISHED_SHAPES:
+            raise
+        print(
+            f"{config.model_name_or_path} is not on this machine: its published shape is taken, "
+            "and the embedded tokenizer, which makes more tokens of the same text"
+        )
+        folder = find_model("tiny")
+        model_config = published_config(config.model_name_or_path)
+        own = transformers.AutoConfig.from_pretrained(folder)
+        for name in ("image_token_id", "video_token_id", "vision_start_token_id"):
+            setattr(model_config, name, getattr(own, name))
+    processor = load_processor(folder, config)
+    return processor, build_encoder(folder, processor, config), model_config
+
+
+def print_plan(config: Config, limit_gib: float) -> None:
+    """Print what a step needs on the GPU, and how much the run has to compute."""
+    processor, encoder, model_config = load_for_plan(config)
+    data = prepare_data(config.train_data, encoder, config, world_size=1)
+    shard_size = config.shard_size or 1
+    needed = plan_memory(model_config, processor, config, data, shard_size)
+    print(f"{' '.join(config.train_data)}: {data.index.summary()}")
+    print_lengths(data.index)
+    print_compute(model_config, config, data)
+    where = f" on each of {shard_size} GPUs" if shard_size > 1 else ""
+    num_samples, num_tokens = needed.pop("num_samples"), needed.pop("num_tokens")
+    print(
+        f"memory of a step{where}; its largest micro-batch has {num_samples} samples, "
+        f"{num_tokens:,} tokens:"
+    )
+    for name, gib in needed.items():
+        print(f"  {name.removesuffix('_gib'):12} {gib:8.2f} GiB")
+    needed["fits"] = needed["peak_gib"] <= limit_gib
+    if not needed["fits"]:
+        found = fitting_flags(model_config, processor, config, data, shard_size, limit_gib)
+        print(
+            f"with {found[0]}: {found[1]:.2f} GiB"
+            if found
+            else f"no flags bring it under {limit_gib:g} GiB: lower --max_tokens, use more GPUs "
+            "(--shard_size), or a smaller model"
+        )
+    print(json.dumps(needed))
+
+
+def print_compute(model_config, config: Config, data: PlannedData) -> None:
+    """Print steps, operations and hours of the run."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(model_config)
+    samples = np.flatnonzero(data.index.num_tokens > 0)
+    rounds = config.num_epochs * data.plan.num_samples_per_epoch / len(samples)
+    flops = FlopCounter(model, data.index, config)(samples) * rounds
+    num_steps = data.plan.num_steps_per_epoch * config.num_epochs
+    hours = ", ".join(
+        f"{flops / (ASSUMED_MFU * PEAK_FLOPS[name]) / 3600:.2g} h on one {name}"
+        for name in ("RTX 4090", "A100", "H100")
+    )
+    print(
+        f"compute: {config.num_epochs} epochs, {num_steps:,} steps, {flops / 1e15:,.3g} PFLOP "
+        f"without recomputation; at {ASSUMED_MFU:.0%} MFU, an assumption, {hours}"
+    )
+
+
 def add_flags(parser) -> None:
     """Add the flags that finetune.py does not have."""
     parser.add_argument("--show", type=int, metavar="N", help="print sample N (from 0) and end")
+    parser.add_argument(
+        "--plan", type=float, metavar="GIB", help="tell what a step needs on a card of so much"
+    )
     parser.add_argument("--decode", action="store_true", help="decode all media, every frame used")
 
 
 def main() -> None:
     config, extra = parse_config(extra=add_flags)
     config = fill_defaults(config, choose_device(config.device).type)
-    folder = find_model(config.model_name_or_path)
+    if extra.plan is not None:
+        return print_plan(config, extra.plan)
+    folder = find_model(config.model_name_or_path, with_weights=False)
     encoder = build_encoder(folder, load_processor(folder, config), config)
     if extra.show is not None:
         sample = show_sample(encoder, Records(config.train_data), extra.show)

@@ -10,13 +10,11 @@ import logging
 import math
 import sys
 import time
-from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from util.checkpoint_util import (
@@ -30,15 +28,20 @@ from util.checkpoint_util import (
     save_checkpoint,
 )
 from util.config import Config, UserError, fill_defaults, parse_config, run_main  # single
+from util.flops_util import Throughput
+from util.generate_util import score_answers
 from util.logutil import (
     MetricsFile,  # single
     check_report_to,
+    describe_evaluation,
+    log_left_out,
     open_reporter,  # single
     peak_memory_gib,
     plot_loss,
     setup_logging,
     untested_versions,
 )
+from util.memory_util import choose_autocast, cross_entropy_sum
 from util.model_util import (
     InputBuilder,
     build_encoder,
@@ -49,8 +52,10 @@ from util.model_util import (
     load_model,  # single
     load_processor,
 )
-from util.optim_util import build_optimizer, learning_rate_at
-from util.plan_util import PlannedData, load_micro_batches, prepare_data
+from util.optim_util import build_optimizer, learning_rate_at, set_learning_rate
+from util.plan_util import PlannedData, Stopwatch, load_micro_batches, prepare_data
+from util.planner import check_fits
+from util.score_util import load_metric
 
 logger = logging.getLogger("finetune")
 
@@ -72,28 +77,26 @@ def train(
     build_inputs = InputBuilder(processor, model.config._attn_implementation, device)
     export = partial(export_model, model, processor)  # single
     model.train()
-    optimizer = build_optimizer(model, config.weight_decay)
+    optimizer = build_optimizer(model, config)
     first_step = load_checkpoint(checkpoint, model, optimizer) if checkpoint else 0
     parameters = [p for p in model.parameters() if p.requires_grad]
-    # fp32 weights either way; under autocast the matrix products run in bf16.
-    autocast = (
-        torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
-    )
-    micro_batches = load_micro_batches(data, first_step, num_steps, config, device, rank)
+    autocast = choose_autocast(device, config.precision)
+    micro_batches = Stopwatch(load_micro_batches(data, first_step, num_steps, config, device, rank))
+    throughput = Throughput(model, data, config, device)
     progress = tqdm(total=num_steps, initial=first_step, unit="step", disable=None)  # single
     stop, eval_loss, num_bad_steps = StopSignal(), None, 0
     if eval_data and first_step == 0:
-        eval_loss = evaluate(config, model, build_inputs, eval_data, autocast, device)
-        metrics_file.append({"global_step": 0, "eval_loss": eval_loss})
-        logger.info(f"step       0/{num_steps:,}   held-out loss {eval_loss:.4f}")
+        scores = evaluate(config, model, build_inputs, eval_data, autocast, device)
+        eval_loss = scores["eval_loss"]
+        metrics_file.append({"global_step": 0, **scores})
+        logger.info(f"step       0/{num_steps:,}   {describe_evaluation(scores)}")
 
     for step in data.plan.steps(first_step, num_steps):
         started, global_step = time.perf_counter(), step.global_step + 1
         lr = learning_rate_at(
             step.global_step, num_steps, config.learning_rate, config.warmup_ratio
         )
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(optimizer, lr)
 
         # The step's loss is one mean over all its supervised tokens, however the samples are
         # packed: every micro-batch adds its sum, divided by the count of the whole step.
@@ -101,9 +104,9 @@ def train(
         num_micro_batches = len(step.micro_batches[0])
         for micro_batch in islice(micro_batches, num_micro_batches):  # single
             with autocast:
-                logits = model(**build_inputs(micro_batch)).logits[0]
+                logits = model(**build_inputs(micro_batch)).logits
             targets = micro_batch.targets.to(device, non_blocking=True)
-            loss_sum = F.cross_entropy(logits.float(), targets, reduction="sum")
+            loss_sum = cross_entropy_sum(logits, targets)
             micro_batch_loss = loss_sum / step.num_supervised_tokens
             micro_batch_loss.backward()  # single
             loss += micro_batch_loss.detach()
@@ -142,7 +145,7 @@ def train(
             "num_tokens": step.num_tokens,
             "num_supervised_tokens": step.num_supervised_tokens,
             "seconds": seconds,
-            "tokens_per_second": step.num_tokens / seconds,
+            **throughput(step, seconds, micro_batches.take_seconds()),
             "peak_memory_gib": peak_memory_gib(device),
         }
         metrics_file.append(metrics)
@@ -155,9 +158,10 @@ def train(
             logger.info(f"step {global_step:>7,}/{num_steps:,}   {line}")
 
         if eval_data and (global_step % config.eval_steps == 0 or global_step == num_steps):
-            eval_loss = evaluate(config, model, build_inputs, eval_data, autocast, device)
-            metrics_file.append({"global_step": global_step, "eval_loss": eval_loss})
-            logger.info(f"step {global_step:>7,}/{num_steps:,}   held-out loss {eval_loss:.4f}")
+            scores = evaluate(config, model, build_inputs, eval_data, autocast, device)
+            eval_loss = scores["eval_loss"]
+            metrics_file.append({"global_step": global_step, **scores})
+            logger.info(f"step {global_step:>7,}/{num_steps:,}   {describe_evaluation(scores)}")
         if global_step % config.save_steps == 0 or stop.name:
             save_checkpoint(global_step, model, optimizer, export, config, data.digest, eval_loss)
         if stop.name:
@@ -168,8 +172,11 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(config: Config, model, build_inputs, data: PlannedData, autocast, device) -> float:
-    """Return the loss per supervised token of held-out data; nothing of the training changes."""
+def evaluate(config: Config, model, build_inputs, data: PlannedData, autocast, device) -> dict:
+    """Return the loss per supervised token of held-out data, and scores of generated answers.
+
+    Nothing of the training changes.
+    """
     loss_sum, num_supervised_tokens = torch.zeros((), device=device), 0
     num_steps = data.plan.num_steps_per_epoch
     rank = 0  # single
@@ -178,10 +185,16 @@ def evaluate(config: Config, model, build_inputs, data: PlannedData, autocast, d
         num_supervised_tokens += step.num_supervised_tokens
         for micro_batch in islice(micro_batches, len(step.micro_batches[0])):
             with autocast:
-                logits = model(**build_inputs(micro_batch)).logits[0]
+                logits = model(**build_inputs(micro_batch)).logits
             targets = micro_batch.targets.to(device, non_blocking=True)
-            loss_sum += F.cross_entropy(logits.float(), targets, reduction="sum")
-    return loss_sum.item() / num_supervised_tokens
+            loss_sum += cross_entropy_sum(logits, targets)
+            for problem in micro_batch.problems:
+                logger.warning(f"left out   {problem}")
+    result = {"eval_loss": loss_sum.item() / num_supervised_tokens}
+    if config.eval_generate:
+        with autocast:
+            result |= score_answers(config, model, build_inputs, data)
+    return result
 
 
 def main() -> None:
@@ -196,6 +209,7 @@ def main() -> None:
     checkpoint = find_checkpoint(config) if config.resume_from else None  # single
     config = fill_defaults(config, device.type, checkpoint and checkpoint.parent)
     check_report_to(config.report_to)
+    load_metric(config.metric)  # what is wrong with it is told now
     output_dir = make_output_dir(config, checkpoint)  # single
 
     # Everything that can be wrong with the data is known before the model is loaded.
@@ -208,6 +222,7 @@ def main() -> None:
         eval_data = prepare_data(config.eval_data, encoder, config, world_size=1)  # single
     num_steps = data.plan.num_steps_per_epoch * config.num_epochs
     num_steps = min(num_steps, config.max_steps or num_steps)
+    check_fits(folder, config, device, shard_size=1)  # single
 
     if checkpoint:
         check_same_run(checkpoint, config, data.digest)
@@ -216,7 +231,7 @@ def main() -> None:
     setup_logging(output_dir)  # single
     torch.manual_seed(config.seed)
     attention = choose_attention(device, config.precision)
-    model = load_model(folder, attention, device)  # single
+    model = load_model(folder, attention, device, config)  # single
 
     logger.info(
         f"model      {config.model_name_or_path}: {model.num_parameters() / 1e6:,.1f} M "
@@ -242,6 +257,7 @@ def main() -> None:
     train(config, model, processor, data, eval_data, num_steps, device, checkpoint)
     export_model(model, processor, output_dir)  # single
     plot_loss(output_dir / "metrics.jsonl", output_dir / "loss.png")  # single
+    log_left_out(data.problems, output_dir / "metrics.jsonl")  # single
     logger.info(
         f"done       in {time.perf_counter() - started:.0f} s. Compare: "
         f"python test_on_trained_model_by_us.py --model_dir {output_dir}"

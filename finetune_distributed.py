@@ -10,13 +10,11 @@ import logging
 import math
 import sys
 import time
-from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState  # dist
 from accelerate.utils import broadcast_object_list, gather_object, reduce  # dist
 from tqdm import tqdm
@@ -44,13 +42,18 @@ from util.distributed_util import (  # dist
     run_rank,  # dist
     start_processes,  # dist
 )  # dist
+from util.flops_util import Throughput
+from util.generate_util import score_answers
 from util.logutil import (
     check_report_to,
+    describe_evaluation,
+    log_left_out,
     peak_memory_gib,
     plot_loss,
     setup_logging,
     untested_versions,
 )
+from util.memory_util import choose_autocast, cross_entropy_sum
 from util.model_util import (
     InputBuilder,
     build_encoder,
@@ -59,8 +62,10 @@ from util.model_util import (
     find_model,
     load_processor,
 )
-from util.optim_util import build_optimizer, learning_rate_at
-from util.plan_util import PlannedData, load_micro_batches, prepare_data
+from util.optim_util import build_optimizer, learning_rate_at, set_learning_rate
+from util.plan_util import PlannedData, Stopwatch, load_micro_batches, prepare_data
+from util.planner import check_fits
+from util.score_util import load_metric
 
 logger = logging.getLogger("finetune")
 
@@ -81,29 +86,27 @@ def train(
     build_inputs = InputBuilder(processor, model.config._attn_implementation, device)
     export = partial(export_sharded_model, model, processor)  # dist
     model.train()
-    optimizer = build_optimizer(model, config.weight_decay)
+    optimizer = build_optimizer(model, config)
     first_step = load_checkpoint(checkpoint, model, optimizer) if checkpoint else 0
     parameters = [p for p in model.parameters() if p.requires_grad]
-    # fp32 weights either way; under autocast the matrix products run in bf16.
-    autocast = (
-        torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
-    )
-    micro_batches = load_micro_batches(data, first_step, num_steps, config, device, rank)
+    autocast = choose_autocast(device, config.precision)
+    micro_batches = Stopwatch(load_micro_batches(data, first_step, num_steps, config, device, rank))
+    throughput = Throughput(model, data, config, device)
     quiet = None if state.is_main_process else True  # dist
     progress = tqdm(total=num_steps, initial=first_step, unit="step", disable=quiet)  # dist
     stop, eval_loss, num_bad_steps = StopSignal(), None, 0
     if eval_data and first_step == 0:
-        eval_loss = evaluate(config, model, build_inputs, eval_data, autocast, device)
-        metrics_file.append({"global_step": 0, "eval_loss": eval_loss})
-        logger.info(f"step       0/{num_steps:,}   held-out loss {eval_loss:.4f}")
+        scores = evaluate(config, model, build_inputs, eval_data, autocast, device)
+        eval_loss = scores["eval_loss"]
+        metrics_file.append({"global_step": 0, **scores})
+        logger.info(f"step       0/{num_steps:,}   {describe_evaluation(scores)}")
 
     for step in data.plan.steps(first_step, num_steps):
         started, global_step = time.perf_counter(), step.global_step + 1
         lr = learning_rate_at(
             step.global_step, num_steps, config.learning_rate, config.warmup_ratio
         )
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(optimizer, lr)
 
         # The step's loss is one mean over all its supervised tokens, however the samples are
         # packed: every micro-batch adds its sum, divided by the count of the whole step.
@@ -114,9 +117,9 @@ def train(
             # to hold them whole; replicas once a step.  # dist
             model.set_requires_all_reduce(i == num_micro_batches - 1)  # dist
             with autocast:
-                logits = model(**build_inputs(micro_batch)).logits[0]
+                logits = model(**build_inputs(micro_batch)).logits
             targets = micro_batch.targets.to(device, non_blocking=True)
-            loss_sum = F.cross_entropy(logits.float(), targets, reduction="sum")
+            loss_sum = cross_entropy_sum(logits, targets)
             micro_batch_loss = loss_sum / step.num_supervised_tokens
             # What is wanted is the sum over the ranks; fully_shard takes the mean.  # dist
             (micro_batch_loss * state.num_processes).backward()  # dist
@@ -160,7 +163,7 @@ def train(
             "num_tokens": step.num_tokens,
             "num_supervised_tokens": step.num_supervised_tokens,
             "seconds": seconds,
-            "tokens_per_second": step.num_tokens / seconds,
+            **throughput(step, seconds, micro_batches.take_seconds()),
             "peak_memory_gib": peak_memory_gib(device),
         }
         metrics |= rank_metrics(data.plan, step, config.max_tokens - data.plan.capacity)  # dist
@@ -174,9 +177,10 @@ def train(
             logger.info(f"step {global_step:>7,}/{num_steps:,}   {line}")
 
         if eval_data and (global_step % config.eval_steps == 0 or global_step == num_steps):
-            eval_loss = evaluate(config, model, build_inputs, eval_data, autocast, device)
-            metrics_file.append({"global_step": global_step, "eval_loss": eval_loss})
-            logger.info(f"step {global_step:>7,}/{num_steps:,}   held-out loss {eval_loss:.4f}")
+            scores = evaluate(config, model, build_inputs, eval_data, autocast, device)
+            eval_loss = scores["eval_loss"]
+            metrics_file.append({"global_step": global_step, **scores})
+            logger.info(f"step {global_step:>7,}/{num_steps:,}   {describe_evaluation(scores)}")
         if global_step % config.save_steps == 0 or stop.name:
             save_checkpoint(global_step, model, optimizer, export, config, data.digest, eval_loss)
         if stop.name:
@@ -187,8 +191,11 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(config: Config, model, build_inputs, data: PlannedData, autocast, device) -> float:
-    """Return the loss per supervised token of held-out data; nothing of the training changes."""
+def evaluate(config: Config, model, build_inputs, data: PlannedData, autocast, device) -> dict:
+    """Return the loss per supervised token of held-out data, and scores of generated answers.
+
+    Nothing of the training changes.
+    """
     loss_sum, num_supervised_tokens = torch.zeros((), device=device), 0
     num_steps = data.plan.num_steps_per_epoch
     rank = PartialState().process_index  # dist
@@ -197,11 +204,19 @@ def evaluate(config: Config, model, build_inputs, data: PlannedData, autocast, d
         num_supervised_tokens += step.num_supervised_tokens
         for micro_batch in islice(micro_batches, len(step.micro_batches[0])):
             with autocast:
-                logits = model(**build_inputs(micro_batch)).logits[0]
+                logits = model(**build_inputs(micro_batch)).logits
             targets = micro_batch.targets.to(device, non_blocking=True)
-            loss_sum += F.cross_entropy(logits.float(), targets, reduction="sum")
+            loss_sum += cross_entropy_sum(logits, targets)
+            for problem in micro_batch.problems:
+                logger.warning(f"left out   {problem}")
     loss_sum = reduce(loss_sum, "sum")  # dist
-    return loss_sum.item() / num_supervised_tokens
+    result = {"eval_loss": loss_sum.item() / num_supervised_tokens}
+    if config.eval_generate:
+        with autocast:
+            result |= score_answers(config, model, build_inputs, data)
+    # Without a backward pass, the root's weights would stay gathered.  # dist
+    model.reshard()  # dist
+    return result
 
 
 def main() -> None:
@@ -221,6 +236,7 @@ def main() -> None:
     # All ranks write into the main one's folder: their clocks need not agree.  # dist
     config = broadcast_object_list([config])[0]  # dist
     check_report_to(config.report_to)
+    load_metric(config.metric)  # what is wrong with it is told now
     output_dir = on_main_process(make_output_dir, config, checkpoint)  # dist
 
     # Everything that can be wrong with the data is known before the model is loaded.
@@ -234,6 +250,7 @@ def main() -> None:
         eval_data = main_process_first(prepare_data, names, encoder, config, world_size)  # dist
     num_steps = data.plan.num_steps_per_epoch * config.num_epochs
     num_steps = min(num_steps, config.max_steps or num_steps)
+    check_fits(folder, config, device, mesh["shard"].size())  # dist
 
     if checkpoint:
         check_same_run(checkpoint, config, data.digest)
@@ -243,7 +260,7 @@ def main() -> None:
         setup_logging(output_dir)  # dist
     torch.manual_seed(config.seed)
     attention = choose_attention(device, config.precision)
-    model = load_sharded_model(folder, attention, device, mesh, config.precision)  # dist
+    model = load_sharded_model(folder, attention, device, mesh, config)  # dist
 
     logger.info(
         f"model      {config.model_name_or_path}: {model.num_parameters() / 1e6:,.1f} M "
@@ -272,6 +289,7 @@ def main() -> None:
     export_sharded_model(model, processor, output_dir)  # dist
     if is_main:  # dist
         plot_loss(output_dir / "metrics.jsonl", output_dir / "loss.png")  # dist
+        log_left_out(data.problems, output_dir / "metrics.jsonl")  # dist
     logger.info(
         f"done       in {time.perf_counter() - started:.0f} s. Compare: "
         f"python test_on_trained_model_by_us.py --model_dir {output_dir}"

@@ -13,4 +13,5 @@ if [[ "${1:-}" == "--all" ]]; then
 fi
 ruff check .
 ruff format --check .
-exec python -m pytest -q -n 2 --dist loadfile "${selection[@]}" "$@"
+# In order of names the files of few, long tests do not come last, one process waiting for one.
+exec python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,15 @@ REPO = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 # Two test processes share two cores.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Take back the handlers that a training in this process leaves behind."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +106,7 @@ def set_up(config: Config, folder: str) -> SimpleNamespace:
     data = prepare_data(config.train_data, encoder, config, world_size=1)
     return SimpleNamespace(
         config=config,
-        model=load_model(folder, "packed_sdpa", CPU),
+        model=load_model(folder, "packed_sdpa", CPU, config),
         processor=processor,
         build_inputs=InputBuilder(processor, "packed_sdpa", CPU),
         data=data,

@@ -3,7 +3,8 @@
     torchrun ... tests/distributed_driver.py CASES.json
 
 CASES is a list of {"argv": [...], "hook": name or null}: one run each, in one process group. Every
-run also leaves its final weights, fp32 and whole, in OUTPUT_DIR/final.pt.
+run also leaves its final weights, fp32 and whole, in OUTPUT_DIR/final.pt; one that a signal stops,
+a checkpoint instead.
 """
 
 import ctypes
@@ -22,6 +23,7 @@ import torch
 
 import finetune_distributed
 from util import distributed_util, plan_util
+from util.checkpoint_util import EXIT_STOPPED
 from util.distributed_util import export_sharded_model
 
 RANK = int(os.environ["RANK"])
@@ -63,6 +65,19 @@ def on_step(step, do):
             yield micro_batch
 
     finetune_distributed.load_micro_batches = load_and_fail
+
+
+def stop_after(num_steps):
+    """Send rank 1 SIGTERM in the step after which the run shall stop; once."""
+    learning_rate_at = finetune_distributed.learning_rate_at
+
+    def signal_and_return(global_step, *args):
+        if RANK == 1 and global_step == num_steps - 1:
+            finetune_distributed.learning_rate_at = learning_rate_at
+            signal.raise_signal(signal.SIGTERM)
+        return learning_rate_at(global_step, *args)
+
+    finetune_distributed.learning_rate_at = signal_and_return
 
 
 def fail():
@@ -138,6 +153,8 @@ HOOKS = {
     "raise": lambda: on_step(2, fail),
     "kill": lambda: on_step(2, lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "memory": record_memory,
+    "stop after 7": lambda: stop_after(7),
+    "stop after 8": lambda: stop_after(8),
 }
 
 
@@ -148,7 +165,10 @@ def main():
             HOOKS[case["hook"]]()
         started = time.perf_counter()
         sys.argv = ["finetune_distributed.py", *map(str, case["argv"])]
-        finetune_distributed.main()
+        try:
+            finetune_distributed.main()
+        except SystemExit as end:
+            assert end.code == EXIT_STOPPED and case["hook"].startswith("stop"), end
         print(f"case {case} rank {RANK}: {time.perf_counter() - started:.1f} s")
 
 

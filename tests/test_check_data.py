@@ -2,10 +2,14 @@
 
 import json
 import re
+import sys
 
 import pytest
 from conftest import assistant, image, make_image, make_video, text, user, video
 from test_end_to_end import run_script
+
+from check_data import main
+from util import config
 
 GOOD = [user("Hi"), assistant("Hello.")]
 
@@ -17,6 +21,24 @@ def item(**keys):
 def turns(value, speaker="human", **keys):
     messages = [{"from": speaker, "value": value}, {"from": "gpt", "value": "x"}]
     return {"conversations": messages, **keys}
+
+
+@pytest.fixture
+def check_data(monkeypatch, capsys):
+    """Run check_data.py in this process and return what it printed; `code` is its exit code."""
+
+    def run(*flags, code=0):
+        argv = ["check_data.py", "--model_name_or_path", "tiny", "--device", "cpu", *flags]
+        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+        if code:
+            with pytest.raises(SystemExit) as info:
+                config.run_main(main)
+            assert str(info.value).startswith("error: ") and code == 1
+        else:
+            config.run_main(main)
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.fixture
@@ -76,32 +98,33 @@ def test_forty_faults_of_forty_kinds_are_found_and_nothing_else(faults, tmp_path
     printed = run_script("check_data.py", "--train_data", data, "--decode", code=1)
     problems = re.findall(rf"^problem: {data}: sample (\d+): (.+)$", printed, re.M)
     assert [int(number) for number, _ in sorted(problems, key=lambda p: int(p[0]))] == bad
-    assert "40 problems" in printed
+    assert printed.splitlines()[-1].startswith("error: 40 problems: ")
+    assert "Traceback" not in printed
     assert len({re.sub(r"\d+", "", reason) for _, reason in problems}) >= 25
     assert "duplicates: 37" in printed  # the three good ones, again and again
 
 
-def test_without_decoding_only_what_headers_tell_is_found(tmp_path, faults):
+def test_without_decoding_only_what_headers_tell_is_found(check_data, tmp_path, faults):
     cut = item(type="image", image="cut.png")
     (tmp_path / "data.json").write_text(json.dumps([{"messages": GOOD}, cut]))
-    printed = run_script("check_data.py", "--train_data", tmp_path / "data.json")
+    printed = check_data("--train_data", tmp_path / "data.json")
     assert "all good" in printed
     flags = ("--train_data", tmp_path / "data.json", "--decode")
-    assert "cut.png" in run_script("check_data.py", *flags, code=1)
+    assert "cut.png" in check_data(*flags, code=1)
 
 
-def test_held_out_data_are_checked_too(tmp_path):
+def test_held_out_data_are_checked_too(check_data, tmp_path):
     lines = [json.dumps({"messages": m}) for m in (GOOD, [user("no answer")])]
     (tmp_path / "held_out.jsonl").write_text("\n".join(lines))
     flags = ("--eval_data", tmp_path / "held_out.jsonl")
-    printed = run_script("check_data.py", *flags, code=1)
+    printed = check_data(*flags, code=1)
     assert f"problem: {tmp_path}/held_out.jsonl: line 2: no assistant message" in printed
 
 
-def test_it_prints_lengths_shares_duplicates_and_one_sample(tmp_path):
+def test_it_prints_lengths_shares_duplicates_and_one_sample(check_data, tmp_path):
     lines = [json.dumps({"messages": GOOD, "id": i}) for i in range(3)]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    printed = run_script("check_data.py", "--train_data", tmp_path / "data.jsonl")
+    printed = check_data("--train_data", tmp_path / "data.jsonl")
     assert "duplicates: 2" in printed
     assert f"{tmp_path}/data.jsonl: line 3 repeats {tmp_path}/data.jsonl: line 1" in printed
     assert "length in tokens" in printed and "100.0 % text" in printed

@@ -23,6 +23,7 @@ from util.checkpoint_util import (
     rewind_files,
 )
 from util.config import UserError
+from util.memory_util import cross_entropy_sum
 
 FLAGS = {"batch_size": 8, "learning_rate": 1e-3, "num_epochs": 3, "num_workers": 0}
 NUM_STEPS = 12
@@ -133,13 +134,18 @@ def test_the_newest_and_the_best_are_kept(run, mixed_data):
     }
 
 
-def test_evaluation_does_not_change_the_training(run, mixed_data):
+def test_evaluation_does_not_change_the_training(run, mixed_data, tmp_path):
+    (tmp_path / "own.py").write_text("def length(answer, reference):\n    return 1 + len(answer)\n")
     plain = run("plain", num_steps=5)
-    evaluated = run("evaluated", num_steps=5, eval_data=[mixed_data], eval_steps=2)
+    flags = {"eval_generate": 3, "metric": f"{tmp_path}/own.py:length", "eval_steps": 2}
+    evaluated = run("evaluated", num_steps=5, eval_data=[mixed_data], **flags)
     assert losses(plain) == losses(evaluated)
     assert torch.equal(plain.weights, evaluated.weights)
     eval_losses = [m["eval_loss"] for m in evaluated.metrics if "eval_loss" in m]
     assert len(eval_losses) == 4 and eval_losses[-1] < eval_losses[0]
+    scored = [m for m in evaluated.metrics if "eval_exact_match" in m]
+    assert len(scored) == 4
+    assert all(m["eval_character_error_rate"] > 0 and m["eval_metric"] > 0 for m in scored)
 
 
 @pytest.mark.parametrize("fault", ["truncated", "flipped", "missing", "state"])
@@ -240,29 +246,29 @@ class BrokenLoss:
     def __init__(self, bad_calls):
         self.bad_calls, self.calls = bad_calls, 0
 
-    def cross_entropy(self, *arguments, **options):
+    def __call__(self, logits, targets):
         self.calls += 1
-        loss = torch.nn.functional.cross_entropy(*arguments, **options)
+        loss = cross_entropy_sum(logits, targets)
         return loss * float("inf") if self.calls in self.bad_calls else loss
 
 
 def test_a_bad_step_stops_with_the_last_good_state(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(finetune, "F", BrokenLoss({4}))
+    monkeypatch.setattr(finetune, "cross_entropy_sum", BrokenLoss({4}))
     with pytest.raises(UserError, match="step 4: loss inf.*Samples of this step"):
         run(max_tokens=10**6)
     checkpoint = tmp_path / "out" / "checkpoint-3"
     assert damage(checkpoint) is None
-    monkeypatch.setattr(finetune, "F", torch.nn.functional)
+    monkeypatch.setattr(finetune, "cross_entropy_sum", cross_entropy_sum)
     resumed = run(checkpoint=checkpoint, max_tokens=10**6)
     straight = run("straight", max_tokens=10**6)
     assert torch.equal(resumed.weights, straight.weights)
 
 
 def test_bad_steps_can_be_skipped_but_not_too_many_in_a_row(run, monkeypatch):
-    monkeypatch.setattr(finetune, "F", BrokenLoss({2, 3, 6}))
+    monkeypatch.setattr(finetune, "cross_entropy_sum", BrokenLoss({2, 3, 6}))
     result = run(max_tokens=10**6, skip_bad_steps=2, num_steps=7)
     assert [m["global_step"] for m in result.metrics if m["loss"] is None] == [2, 3, 6]
     assert torch.isfinite(result.weights).all()
-    monkeypatch.setattr(finetune, "F", BrokenLoss({2, 3, 4}))
+    monkeypatch.setattr(finetune, "cross_entropy_sum", BrokenLoss({2, 3, 4}))
     with pytest.raises(UserError, match="step 4"):
         run("again", max_tokens=10**6, skip_bad_steps=2, num_steps=7)

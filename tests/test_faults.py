@@ -143,6 +143,8 @@ def test_a_signal_to_the_whole_group_saves_and_stops(number, data, undisturbed, 
     assert "Traceback" not in printed
     (checkpoint,) = list_checkpoints(output_dir)
     assert checkpoint.name == f"checkpoint-{logged_steps(output_dir)[-1]}"
+    if number == signal.SIGINT:
+        return  # the other signal's checkpoint is resumed
     run_script(
         "finetune.py",
         *(*flags(data, output_dir), "--save_steps", 1000, "--resume_from", "latest"),

@@ -2,6 +2,8 @@
 
 import json
 import resource
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +11,12 @@ from conftest import CPU, assistant, encoder_for, image, make_image, set_up, tex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.fuzz import WORDS, check_file
 from util import plan_util
+from util.checkpoint_util import StopSignal
 from util.config import UserError
 from util.data_util import Records, parse_conversation
-from util.plan_util import Index, Plan, build_index, load_micro_batches
+from util.plan_util import Index, Plan, build_index, load_micro_batches, prepare_data
 
 EXPECTED = [
     {"role": "system", "content": "Be brief."},
@@ -93,15 +97,55 @@ json_values = st.recursive(
 )
 
 
+# Conversations that are right but for what stands in some places.
+conversations = st.lists(
+    st.fixed_dictionaries(
+        {
+            "role": st.sampled_from(["user", "assistant", "assistant", "tool"]),
+            "content": st.text(max_size=5) | st.sampled_from(WORDS) | json_values,
+        },
+        optional={"type": json_values},
+    ),
+    max_size=4,
+)
+records = st.fixed_dictionaries(
+    {"messages": conversations}, optional={"images": json_values, "video": json_values}
+)
+
+
 @settings(max_examples=400, deadline=None)
-@given(json_values)
-def test_any_json_gives_messages_or_a_value_error(value):
-    try:
-        messages = parse_conversation(value)
-    except ValueError as error:
-        assert str(error)
-    else:
-        assert messages and all(set(message) == {"role", "content"} for message in messages)
+@given(st.one_of(json_values, records), st.sampled_from(["a.json", "a.jsonl"]))
+def test_any_json_gives_a_sample_or_an_error_that_names_the_place(
+    tiny_folder, tmp_path_factory, value, name
+):
+    content = json.dumps([value] if name == "a.json" else value).encode()
+    path = tmp_path_factory.getbasetemp() / name
+    check_file(encoder_for(tiny_folder), content, path)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=40))
+def test_any_bytes_are_refused_or_read(tiny_folder, tmp_path_factory, content):
+    for name in ("b.json", "b.jsonl"):
+        check_file(encoder_for(tiny_folder), content, tmp_path_factory.getbasetemp() / name)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"messages": "\\ud83d"}', "surrogate"),
+        ("[" * 100_000, "recursion"),
+        ("1" * 5000, "4300 digits"),
+    ],
+)
+def test_json_that_python_cannot_read_is_an_error(tmp_path, text, words):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        Records([str(tmp_path / "a.jsonl")])[0]
+    (tmp_path / "a.json").write_text(f"[{text}]")
+    with pytest.raises(ValueError, match=words) as info:
+        Records([str(tmp_path / "a.json")])[0]
+    assert isinstance(info.value, UserError) or words == "surrogate"
 
 
 def write_jsonl(path, conversations, ending="\n"):
@@ -167,7 +211,7 @@ def test_an_epoch_takes_each_file_at_its_rate(files, batch_size):
     sizes = np.cumsum([0] + [size for size, _ in files])
     groups = [(int(a), int(b), rate) for a, b, (_, rate) in zip(sizes, sizes[1:], files)]
     lengths = np.full(sizes[-1], 10, dtype=np.int32)
-    plan = Plan(Index(lengths, lengths, lengths, lengths), batch_size, 1000, 0, 1, groups)
+    plan = Plan(Index(*[lengths] * 5), batch_size, 1000, 0, 1, groups)
     seen = [i for step in plan.steps(0, plan.num_steps_per_epoch) for i in step.samples]
     for first, last, rate in groups:
         counts = np.bincount(seen, minlength=sizes[-1])[first:last] if seen else [0]
@@ -212,6 +256,14 @@ def test_many_samples_are_measured_by_several_processes(tmp_path, tiny_folder, m
     assert index.num_tokens[300] == 0
 
 
+def test_processes_of_the_index_can_be_ended_in_a_process_that_only_notes_sigterm():
+    StopSignal()  # as in a process that has trained
+    handlers = plan_util._run_all(
+        lambda *_: signal.getsignal(signal.SIGTERM), "handlers", np.arange(300), None, None
+    )
+    assert {handler for _, handler in handlers} == {signal.SIG_DFL}
+
+
 def test_bad_samples_can_be_left_out(tmp_path, tiny_folder):
     good = make_image(tmp_path / "good.png", 90, 90)
     cut = make_image(tmp_path / "cut.png", 300, 300)
@@ -228,16 +280,29 @@ def test_bad_samples_can_be_left_out(tmp_path, tiny_folder):
         list(load_micro_batches(run.data, 0, 1, tiny_config(**flags, num_workers=0), CPU, 0))
 
 
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 @pytest.mark.slow
-def test_a_million_lines_open_in_seconds_and_little_memory(tmp_path):
-    """The file, not the index: measuring a million samples takes many minutes."""
+def test_a_million_lines_open_in_seconds_and_little_memory(tmp_path, tiny_folder, monkeypatch):
+    """With the index at hand: measuring a million samples takes many minutes."""
     line = json.dumps({"messages": [user("What is it? " * 10), assistant("A cat. " * 10)]}) + "\n"
     path = tmp_path / "a.jsonl"
     with path.open("w") as file:
         for _ in range(100):
             file.write(line * 10_000)
-    before = resource.getrusage(resource.RUSAGE_SELF)
+    monkeypatch.setattr(plan_util, "CACHE_DIR", tmp_path)
+    config, encoder = tiny_config(train_data=[str(path)]), encoder_for(tiny_folder)
     records = Records([str(path)])
-    assert len(records) == 1_000_000 and records[999_999]["messages"]
+    row = encoder.measure(records[999_999])
+    name = f"index-{plan_util._index_key(records, encoder)}.npy"
+    np.save(tmp_path / name, np.full((1_000_000, 4), row, dtype=np.int32))
+    del records
+    before, memory = resource.getrusage(resource.RUSAGE_SELF), resident_bytes()
+    data = prepare_data(config.train_data, encoder, config, world_size=2)
+    assert len(data.index) == 1_000_000 and data.samples[999_999].labels is not None
+    assert data.plan.step(200_000).num_tokens == 4 * row[0]
+    assert resident_bytes() - memory < 200e6
     after = resource.getrusage(resource.RUSAGE_SELF)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5

@@ -129,6 +129,18 @@ def test_no_assistant_turn_is_an_error_unless_all_text_is_trained(folder):
     assert num_supervised == num_tokens - 1
 
 
+def test_an_answer_to_nothing_is_an_error_unless_all_text_is_trained(folder):
+    record = {"messages": [assistant("a"), user("b"), assistant("c")]}
+    with pytest.raises(ValueError, match="message 0: an answer to nothing"):
+        encoder_for(folder).measure(record)
+    assert encoder_for(folder, supervise="all").measure(record)
+    system = {"role": "system", "content": "Greet."}
+    assert trained_texts(encoder_for(folder), [system, *record["messages"]]) == [
+        "a<|im_end|>",
+        "c<|im_end|>",
+    ]
+
+
 def test_measure_counts_what_encode_makes(folder, tmp_path):
     picture = image(make_image(tmp_path / "a.png", 120, 84))
     clip = video(make_video(tmp_path / "a.mp4", 9, 64, 96))
@@ -141,6 +153,7 @@ def test_measure_counts_what_encode_makes(folder, tmp_path):
         int((sample.labels != IGNORE).sum()),
         int((types == 1).sum()),
         int((types == 2).sum()),
+        sum(t * (h * w) ** 2 for t, h, w in sample.grids),
     )
     assert int((types > 0).sum()) * 4 == len(sample.patches)
 

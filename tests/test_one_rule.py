@@ -35,7 +35,7 @@ def train_plainly(mixed_data, folder):
     run = set_up(tiny_config(train_data=[mixed_data], **FLAGS), folder)
     model = plain_model(folder).train()
     config, plan = run.config, run.plan
-    optimizer = build_optimizer(model, config.weight_decay)
+    optimizer = build_optimizer(model, config)
     num_steps = plan.num_steps_per_epoch * config.num_epochs
     metrics = []
     for i in range(num_steps):
@@ -51,8 +51,9 @@ def train_plainly(mixed_data, folder):
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        lr = learning_rate_at(i, num_steps, config.learning_rate, config.warmup_ratio)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(i, num_steps, config.learning_rate, config.warmup_ratio)
+            group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
         metrics.append({"loss": total, "grad_norm": norm.item(), "num_samples": len(samples)})
@@ -108,6 +109,6 @@ def test_learning_rate_warms_up_from_above_zero_and_decays():
 
 
 def test_only_matrices_decay(tiny_folder):
-    optimizer = build_optimizer(plain_model(tiny_folder), 0.1)
+    optimizer = build_optimizer(plain_model(tiny_folder), tiny_config(weight_decay=0.1))
     for group in optimizer.param_groups:
         assert all((p.ndim >= 2) == (group["weight_decay"] > 0) for p in group["params"])

@@ -3,10 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, plain_model, set_up, tiny_config
+from conftest import CPU, encoder_for, plain_model, set_up, tiny_config
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoProcessor, modeling_flash_attention_utils
 
+from benchmarks.fuzz import check_packing
 from util.data_util import media_of
 from util.model_util import InputBuilder, load_processor
 from util.plan_util import pack
@@ -68,6 +71,18 @@ def test_the_dummy_segment_reaches_every_parameter_and_changes_none(run):
     assert all(p.grad.count_nonzero() == 0 for p in run.model.parameters())
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 300), min_size=1, max_size=30),
+    *(st.integers(1, 12), st.integers(30, 900), st.integers(1, 5), st.integers(0, 3)),
+)
+def test_packing_keeps_every_token_once_in_order_under_the_limit(
+    tiny_folder, lengths, batch_size, capacity, world_size, seed
+):
+    assume(min(lengths) <= capacity)
+    check_packing(encoder_for(tiny_folder), lengths, batch_size, capacity, world_size, seed)
+
+
 def test_samples_equal_what_the_processor_makes(run, tiny_folder):
     """Token ids, positions and pixels, against AutoProcessor and the model's own positions."""
     processor = load_processor(tiny_folder, run.config)
@@ -119,8 +134,8 @@ def test_saved_processor_resizes_as_training_did(run, tiny_folder, tmp_path):
         assert tuple(grid.tolist()) == policy.grid(num_frames, *size)
 
 
-def test_flash_attention_gets_the_segment_ends(run, tiny_folder, monkeypatch):
-    """With a stand-in for the kernel: the right cu_seqlens arrive, and the logits are the same."""
+def stand_in_for_flash(monkeypatch) -> list:
+    """Put a stand-in for the kernel; return its calls as (is causal, ends of q, ends of k)."""
     calls = []
 
     def flash_attn_varlen_func(
@@ -157,6 +172,12 @@ def test_flash_attention_gets_the_segment_ends(run, tiny_folder, monkeypatch):
     monkeypatch.setattr(flash, "_flash_varlen_fn", flash_attn_varlen_func)
     process = flash._lazy_define_process_function(flash_attn_varlen_func)
     monkeypatch.setattr(flash, "_process_flash_kwargs_fn", process)
+    return calls
+
+
+def test_flash_attention_gets_the_segment_ends(run, tiny_folder, monkeypatch):
+    """With a stand-in for the kernel: the right cu_seqlens arrive, and the logits are the same."""
+    calls = stand_in_for_flash(monkeypatch)
     model = plain_model(tiny_folder)
     for config in (model.config, model.config.text_config, model.config.vision_config):
         config._attn_implementation = "flash_attention_2"

@@ -9,7 +9,7 @@ from util.plan_util import Index, Plan
 
 def make_index(lengths):
     lengths = np.array(lengths, dtype=np.int32)
-    return Index(lengths, lengths // 2 + 1, lengths * 0, lengths * 0)
+    return Index(lengths, lengths // 2 + 1, *[lengths * 0] * 3)
 
 
 lengths = st.lists(st.integers(2, 300), min_size=1, max_size=60)

@@ -33,8 +33,9 @@ def test_tensorboard_holds_what_metrics_jsonl_holds(train, tmp_path):
     rows = train("tensorboard")
     events = accumulator.EventAccumulator(str(tmp_path / "out"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == set(rows[0])
-    for name in rows[0]:
+    names = {name for name, value in rows[0].items() if value is not None}
+    assert set(events.Tags()["scalars"]) == names == set(rows[0]) - {"mfu"}  # known on GPUs only
+    for name in names:
         scalars = events.Scalars(name)
         assert [scalar.step for scalar in scalars] == [1, 2]
         values = [scalar.value for scalar in scalars]

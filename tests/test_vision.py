@@ -27,6 +27,7 @@ from util.media_source import check_media_item, describe, resolve
 from util.video_reader import VideoReader
 from util.vision_util import (
     PixelPolicy,
+    clip_metadata,
     convert_box,
     frame_indices,
     image_size,
@@ -178,11 +179,11 @@ def test_every_source_gives_the_same_picture(tmp_path, monkeypatch):
         f"data:image/png;base64,{data}",
         f"data:image/png;base64,{data[:50]}\n{data[50:]}",
     ]
-    expected, grid = load_media(image(str(path)), POLICY)
+    expected, shape = load_media(image(str(path)), POLICY)
     for source in sources:
         for _ in range(2):  # a PIL image can be used again
-            got, same_grid = load_media(image(source), POLICY)
-            assert same_grid == grid == probe_media(image(source), POLICY)
+            got, same_shape = load_media(image(source), POLICY)
+            assert same_shape == shape == probe_media(image(source), POLICY)
             assert torch.equal(got, expected)
 
 
@@ -394,14 +395,14 @@ def test_probe_says_what_load_makes_of_pictures(height, width, keys, is_given):
     if is_given:
         item |= {"resized_height": height, "resized_width": width}
     try:
-        grid = probe_media(item, POLICY)
+        shape = probe_media(item, POLICY)
     except ValueError as error:
         assert "200 times" in str(error) or "is above" in str(error)
         with pytest.raises(ValueError):
             load_media(item, POLICY)
         return
-    patches, loaded_grid = load_media(item, POLICY)
-    assert grid == loaded_grid and len(patches) == np.prod(grid) > 0
+    patches, loaded_shape = load_media(item, POLICY)
+    assert shape == loaded_shape and len(patches) == np.prod(shape.grid) > 0
 
 
 @settings(max_examples=40, deadline=None)
@@ -421,18 +422,18 @@ def test_probe_says_what_load_makes_of_clips(clips, name, rates, sizes, part):
     else:
         item = video(zoo.make_zoo_clip(clips, name)) | rates | sizes | part
     try:
-        grid = probe_media(item, POLICY)
+        shape = probe_media(item, POLICY)
     except ValueError:
         with pytest.raises(ValueError):
             load_media(item, POLICY)
         return
-    patches, loaded_grid = load_media(item, POLICY)
-    assert grid == loaded_grid and len(patches) == np.prod(grid) > 0
+    patches, loaded_shape = load_media(item, POLICY)
+    assert shape == loaded_shape and len(patches) == np.prod(shape.grid) > 0
 
 
 def test_sizes_of_an_items_own_go_before_the_limits():
     def size(**keys):
-        _, h, w = probe_media(image(Image.new("RGB", (1000, 500))) | keys, POLICY)
+        _, h, w = probe_media(image(Image.new("RGB", (1000, 500))) | keys, POLICY).grid
         return h * 14, w * 14
 
     assert size() == (140, 308)
@@ -600,6 +601,18 @@ def test_rates_and_durations(clips):
         assert frame_indices({}, reader, POLICY) == [0, 0]
 
 
+def test_frames_are_numbered_as_at_a_constant_rate(clips):
+    """number / fps is the time of a frame: exact numbers at a constant rate, else fractions."""
+    for name in ("h264.mp4", "h264.mkv", "h264.ts", "h264.avi", "late_start.mp4", "vp9.webm"):
+        with VideoReader(zoo.make_zoo_clip(clips, name)) as reader:
+            got = clip_metadata({"video_start": 0.39, "video_end": 0.81}, reader, [10, 20])
+            assert (got.frames_indices, got.fps, got.total_num_frames) == ([10, 20], 25, 11), name
+    with VideoReader(zoo.make_zoo_clip(clips, "variable_rate.mp4")) as reader:
+        got = clip_metadata({}, reader, [0, 7, 20, 39])
+        assert got.timestamps == pytest.approx(reader.seconds[[0, 7, 20, 39]], abs=1e-3)
+        assert got.sampled_fps == pytest.approx(4 / (reader.seconds[-1] + 1 / reader.fps))
+
+
 def test_a_part_of_a_clip(clips):
     with VideoReader(zoo.make_zoo_clip(clips, "h264.mkv")) as reader:
 
@@ -646,7 +659,7 @@ def test_a_list_of_frames_is_a_clip():
     pictures = [zoo.encode_image(frame, "PNG") for frame in frames]
     got = load_frames(video(pictures), POLICY)
     assert len(got) == 6 and torch.equal(got[4], got[5])
-    assert probe_media(video(pictures), POLICY) == POLICY.grid(6, *got.shape[-2:])
+    assert probe_media(video(pictures), POLICY).grid == POLICY.grid(6, *got.shape[-2:])
     size = POLICY.frame_size(6, 70, 90)
     for frame, pixels in zip(got, frames):
         one = torch.from_numpy(pixels).permute(2, 0, 1)[None]
@@ -658,13 +671,13 @@ def test_a_list_of_frames_is_a_clip():
 
 def test_clips_from_bytes_and_odd_names(clips, tmp_path):
     path = zoo.make_zoo_clip(clips, "h264.mkv")
-    expected, grid = load_media(video(path), POLICY)
+    expected, shape = load_media(video(path), POLICY)
     odd = tmp_path / "a:b c%20d.mkv"
     with open(path, "rb") as file:
         odd.write_bytes(file.read())
     data = "data:video/x-matroska;base64," + base64.b64encode(odd.read_bytes()).decode()
     for source in (odd.read_bytes(), data, str(odd), odd.as_uri()):
-        assert probe_media(video(source), POLICY) == grid
+        assert probe_media(video(source), POLICY) == shape
         assert torch.equal(load_media(video(source), POLICY)[0], expected)
 
 
@@ -781,9 +794,49 @@ def test_bad_media_name_sample_message_and_file(clips, tmp_path, tiny_folder):
         assert "message 0" in str(info.value) and item[item["type"]] in str(info.value)
 
 
+def cut_off(path, share):
+    with open(path, "rb") as file:
+        content = file.read()
+    return content[: int(share * len(content))]
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in zoo.CLIPS if n.endswith(("mp4", "mov", "mkv", "webm", "avi"))]
+)
+def test_a_clip_that_was_cut_off_is_told(clips, tmp_path, name):
+    """Whole ones pass: see test_frames_equal_those_of_a_full_decode."""
+    for share in (0.3, 0.6, 0.9):
+        content = cut_off(zoo.make_zoo_clip(clips, name), share)
+        (tmp_path / name).write_bytes(content)
+        for source in (str(tmp_path / name), content):
+            with pytest.raises((ValueError, av.error.FFmpegError)) as info:
+                probe_media(video(source), POLICY)
+            if name.endswith(("mkv", "webm")):
+                assert f"cut off: {len(content):,} of" in str(info.value)
+
+
+def test_a_recording_of_a_live_stream_is_no_file_that_was_cut_off(clips, tmp_path):
+    """Nor what its container does not tell: such clips are shorter, and nothing else."""
+    with av.open(zoo.make_zoo_clip(clips, "vp9.webm")) as old:
+        live = {"options": {"live": "1"}, "format": "webm"}
+        with av.open(str(tmp_path / "live.webm"), "w", **live) as new:
+            stream = new.add_stream_from_template(old.streams.video[0])
+            for packet in old.demux(video=0):
+                if packet.size:
+                    packet.stream = stream
+                    new.mux(packet)
+    for path, share, num_frames in (
+        (tmp_path / "live.webm", 1, range(40, 41)),
+        (tmp_path / "live.webm", 0.6, range(20, 30)),
+        (zoo.make_zoo_clip(clips, "h264.ts"), 0.6, range(20, 30)),
+    ):
+        with VideoReader(io.BytesIO(cut_off(path, share)), 1) as reader:
+            assert len(reader) in num_frames
+
+
 def test_a_picture_of_one_pixel_is_a_picture():
-    patches, grid = load_media(image(zoo.encode_image(zoo.smooth(1, 1), "PNG")), POLICY)
-    assert grid == (1, 4, 4) and len(patches) == 16
+    patches, shape = load_media(image(zoo.encode_image(zoo.smooth(1, 1), "PNG")), POLICY)
+    assert shape.grid == (1, 4, 4) and len(patches) == 16
 
 
 def test_a_pipe_given_to_the_reader_does_not_hang(tmp_path):

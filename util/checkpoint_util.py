@@ -41,10 +41,12 @@ EXIT_STOPPED = 75
 MACHINE_SETTINGS = {
     *("output_dir", "num_epochs", "max_steps", "max_tokens", "num_workers", "device"),
     *("save_steps", "keep_checkpoints", "resume_from", "skip_bad_steps", "eval_steps", "eval_data"),
-    *("shard_size", "report_to"),
+    *("shard_size", "report_to", "gradient_checkpointing", "eval_generate", "metric"),
 }
-# Bytes of a parameter in a checkpoint: fp32 weight, two fp32 moments, bf16 weight.
-BYTES_PER_PARAMETER = 4 + 8 + 2
+# Only what is trained; the rest is in the model that the run began with.
+OPTIONS = StateDictOptions(
+    flatten_optimizer_state_dict=True, ignore_frozen_params=True, strict=False
+)
 STATE_FILE = Path("resume") / "state.json"
 # Cut back on resume, so that every step is in them once.
 REWOUND_FILES = ("metrics.jsonl", "train.log")
@@ -136,8 +138,7 @@ def save_checkpoint(
 
 def _state_dict(model, optimizer) -> dict:
     """Return weights and optimizer state under names that do not depend on the ranks."""
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=options)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=OPTIONS)
     return {"model": model_state, "optimizer": optimizer_state}
 
 
@@ -151,7 +152,10 @@ def _quiet():
 
 def _start_writing(partial: Path, model) -> None:
     shutil.rmtree(partial, ignore_errors=True)
-    needed = BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters())
+    # A trained weight and two moments of its dtype, and all weights in bf16.
+    trained = sum(p.numel() * p.itemsize for p in model.parameters() if p.requires_grad)
+    exported = 0 if hasattr(model, "peft_config") else sum(p.numel() for p in model.parameters())
+    needed = 3 * trained + 2 * exported
     free = shutil.disk_usage(partial.parent).free
     if free < needed:
         message = f"it needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free"
@@ -331,7 +335,7 @@ def load_checkpoint(folder: Path, model, optimizer) -> int:
         optimizer,
         model_state_dict=tensors["model"],
         optim_state_dict=tensors["optimizer"],
-        options=StateDictOptions(flatten_optimizer_state_dict=True),
+        options=OPTIONS,
     )
     state = _read_state(folder)
     _restore_random_states(state["random_states"])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 import transformers
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
@@ -29,6 +30,7 @@ TINY_DEFAULTS = {
     "max_pixels": 64 * 28 * 28,
     "video_max_pixels": 32 * 28 * 28,
 }
+LORA_LEARNING_RATE = 1e-4
 
 
 def _left_out(name: str) -> str:
@@ -71,18 +73,31 @@ class Config:
     max_steps: int | None = HfArg(default=None, help="stop after this many optimizer steps")
     batch_size: int = HfArg(default=4, help="samples in one optimizer step, over all GPUs")
     learning_rate: float | None = HfArg(
-        default=None, help="peak learning rate. " + _left_out("learning_rate")
+        default=None,
+        help="peak learning rate. " + _left_out("learning_rate") + f"; LoRA: {LORA_LEARNING_RATE}",
+    )
+    vision_learning_rate: float | None = HfArg(
+        default=None, help="that of vision tower and merger. Left out: --learning_rate"
     )
     warmup_ratio: float = HfArg(default=0.03, help="share of the steps that warm up")
     weight_decay: float = HfArg(default=0.01, help="AdamW's decay, on matrices only")
     max_grad_norm: float = HfArg(default=1.0, help="gradients are clipped to this norm")
+    train: list[str] = HfArg(  # noqa: RUF009
+        default_factory=lambda: ["all"],
+        help="parts to train: all, or any of llm, vision (the tower), merger",
+    )
+    lora_rank: int | None = HfArg(
+        default=None,
+        help="train LoRA adapters of this rank on the linear layers of --train, not the weights",
+    )
     supervise: Literal["assistant", "all"] = HfArg(
         default="assistant",
         help="train the assistant's answers, or all text (continued pre-training)",
     )
-    precision: Literal["bf16", "fp32"] | None = HfArg(
+    precision: Literal["bf16", "fp32", "bf16_lean"] | None = HfArg(
         default=None,
-        help="bf16: fp32 weights, bf16 compute. fp32: all fp32. " + _left_out("precision"),
+        help="bf16: fp32 weights, bf16 compute. fp32: all fp32. bf16_lean: bf16 weights with "
+        "stochastic rounding, 8-bit AdamW. " + _left_out("precision"),
     )
     seed: int = HfArg(default=0, help="fixes the order of the samples")
 
@@ -90,7 +105,7 @@ class Config:
     min_pixels: int = HfArg(default=56 * 56, help="smallest image, in pixels after resizing")
     max_pixels: int | None = HfArg(
         default=None,
-        help="largest image, in pixels after resizing; 28 x 28 are one token. "
+        help="largest image, in pixels after resizing; 28 x 28 (Qwen3-VL: 32 x 32) are one token. "
         + _left_out("max_pixels"),
     )
     video_fps: float = HfArg(default=2.0, help="frames sampled from each second of video")
@@ -105,6 +120,10 @@ class Config:
 
     # -- memory and machine: these never change the mathematics
     max_tokens: int = HfArg(default=4096, help="most tokens in one forward pass on one GPU")
+    gradient_checkpointing: Literal["none", "llm", "vision", "all"] = HfArg(
+        default="none",
+        help="layers that compute their activations twice instead of keeping them",
+    )
     on_bad_sample: Literal["stop", "skip"] = HfArg(
         default="stop", help="samples that cannot be used: stop before training, or leave them out"
     )
@@ -116,6 +135,13 @@ class Config:
         default=2, help="newest checkpoints kept, and the best one by held-out loss"
     )
     eval_steps: int = HfArg(default=100, help="steps between evaluations on --eval_data")
+    eval_generate: int = HfArg(
+        default=0, help="held-out samples that are also answered and scored at every evaluation"
+    )
+    metric: str | None = HfArg(
+        default=None,
+        help="FILE.py:FUNCTION, your own score of those: function(answer, reference)",
+    )
     num_workers: int = HfArg(default=2, help="processes that read and decode the data")
     shard_size: int | None = HfArg(
         default=None,
@@ -134,13 +160,18 @@ class Config:
             *("num_epochs", "max_steps", "batch_size", "learning_rate", "max_grad_norm"),
             *("min_pixels", "max_pixels", "video_fps", "video_max_frames", "video_max_pixels"),
             *("max_tokens", "save_steps", "keep_checkpoints", "eval_steps", "shard_size"),
+            *("lora_rank", "vision_learning_rate"),
         ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"--{name} {value}: must be greater than 0")
-        for name in ("weight_decay", "num_workers", "seed", "skip_bad_steps"):
+        for name in ("weight_decay", "num_workers", "seed", "skip_bad_steps", "eval_generate"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
+        if not self.train or set(self.train) - {"all", "llm", "vision", "merger"}:
+            raise UserError(
+                f"--train {' '.join(self.train)}: must be all, or any of llm, vision, merger"
+            )
         if not 0 <= self.warmup_ratio <= 1:
             raise UserError(f"--warmup_ratio {self.warmup_ratio}: must be between 0 and 1")
         if self.max_pixels is not None and self.min_pixels > self.max_pixels:
@@ -187,9 +218,22 @@ def fill_defaults(config: Config, device_type: str, output_dir: Path | None = No
         "Qwen/Qwen2-VL-2B-Instruct" if device_type == "cuda" else "tiny"
     )
     filled = dict(TINY_DEFAULTS if model == "tiny" else DEFAULTS)
+    if config.lora_rank and model != "tiny":
+        filled["learning_rate"] = LORA_LEARNING_RATE
     filled["output_dir"] = str(output_dir or f"train_output/{time.strftime('%Y%m%d_%H%M%S')}")
     filled = {name: value for name, value in filled.items() if getattr(config, name) is None}
     return dataclasses.replace(config, model_name_or_path=model, **filled)
+
+
+def explain_out_of_memory(error: Exception) -> UserError:
+    """Return what to do about a torch.OutOfMemoryError."""
+    return UserError(
+        "the GPU's memory is full. In the order in which to try them: "
+        "--gradient_checkpointing all; a lower --max_tokens (the longest sample must fit) or "
+        "--max_pixels; --precision bf16_lean; --train llm; --lora_rank 64; more GPUs. What fits is "
+        "told, without a GPU, by check_data.py with the flags of this run and --plan GIB. "
+        f"PyTorch says: {' '.join(str(error).split())[:300]}"
+    )
 
 
 def run_main(main) -> None:
@@ -197,5 +241,7 @@ def run_main(main) -> None:
     transformers.logging.disable_progress_bar()
     try:
         main()
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: {explain_out_of_memory(error)}")
     except UserError as error:
         sys.exit(f"error: {error}")

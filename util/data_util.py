@@ -50,11 +50,17 @@ class Records:
         """Return record `i`, parsed. Raises ValueError where a line is not JSON."""
         file, i = self._find(i)
         try:
-            return json.loads(bytes(file.data[file.starts[i] : file.ends[i]]))
+            text = bytes(file.data[file.starts[i] : file.ends[i]]).decode("utf-8-sig")
+            record = json.loads(text)
+            if "\\ud" in text.lower():  # half of a pair of these is no text: nothing can write it
+                json.dumps(record, ensure_ascii=False).encode()
         except json.JSONDecodeError as error:
             raise ValueError(f"not valid JSON at column {error.colno}: {error.msg}") from error
-        except UnicodeDecodeError as error:
+        except UnicodeError as error:
             raise ValueError(f"not UTF-8 text: {error}") from error
+        except (ValueError, RecursionError) as error:  # a number of 4,300 digits, 1,000 levels
+            raise ValueError(f"not JSON that Python can read: {error}") from error
+        return record
 
     def where(self, i: int) -> str:
         """Return the file and place of record `i`, for messages."""
@@ -135,7 +141,9 @@ def _find_lines(path: str, data: mmap.mmap) -> tuple[np.ndarray, np.ndarray, np.
     ends = []
     view = np.frombuffer(data, np.uint8)
     for start in range(0, len(view), 1 << 24):  # in parts, or the comparison copies the file
-        ends.append(np.flatnonzero(view[start : start + (1 << 24)] == ord("\n")) + start)
+        part = view[start : start + (1 << 24)]
+        ends.append(np.flatnonzero(part == ord("\n")) + start)
+        data.madvise(mmap.MADV_DONTNEED, start, len(part))  # nor does the file stay in memory
     ends = np.concatenate([*ends, [len(view)]])
     starts = np.concatenate([[0], ends[:-1] + 1])
     # A line of two bytes or less, "\r" or " ", is blank: no record is that short.
@@ -155,6 +163,8 @@ def _parse_list(path: str, data: bytes) -> list:
             f"{path}: is not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}. "
             "One object a line? Then its name must end in .jsonl"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON that Python can read: {error}") from error
     if not isinstance(records, list) or not records:
         raise UserError(f"{path}: must be a non-empty JSON list of conversations")
     return records

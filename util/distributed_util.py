@@ -28,9 +28,10 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from util.checkpoint_util import StopSignal
-from util.config import Config, UserError, fill_defaults
+from util.config import Config, UserError, explain_out_of_memory, fill_defaults
 from util.logutil import MetricsFile, open_reporter
-from util.model_util import packed_sdpa, write_model
+from util.memory_util import init_lora, local_rows, prepare_for_training
+from util.model_util import is_exported, register_attention, write_model
 from util.plan_util import Plan, Step
 from util.tiny_model import cached_tiny_model
 
@@ -132,6 +133,8 @@ def run_rank(main) -> None:
     except KeyboardInterrupt:
         pass
     except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = explain_out_of_memory(error)
         _wait_for_the_first_to_fail(error)
         if isinstance(error, UserError):
             # The message alone, without how the program came there.
@@ -171,14 +174,13 @@ def _wait_for_the_first_to_fail(error: Exception) -> None:
 
 
 def load_sharded_model(
-    folder: str, attention: str, device: torch.device, mesh: DeviceMesh, precision: str
+    folder: str, attention: str, device: torch.device, mesh: DeviceMesh, config: Config
 ):
-    """Load a model onto the ranks of `mesh`, fp32, every rank reading only what it will hold.
+    """Load a model onto the ranks of `mesh`, every rank reading only what it will hold.
 
     The same model as load_model's. Raises UserError where weights are missing.
     """
-    if attention == "packed_sdpa":
-        transformers.AttentionInterface.register("packed_sdpa", packed_sdpa)
+    register_attention(attention)
     # Parameters without memory; buffers are computed, since no file holds them.
     with init_empty_weights(include_buffers=False):
         model = transformers.AutoModelForImageTextToText.from_config(
@@ -190,14 +192,16 @@ def load_sharded_model(
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     model.tie_weights()
     transforms = get_model_conversion_mapping(model)  # found by class, which sharding changes
-    shard_model(model, mesh, precision)
+    prepare_for_training(model, config)
+    shard_model(model, mesh, config.precision)
 
     buffers = {name: buffer.to(device) for name, buffer in model.named_buffers()}
     model.to_empty(device=device)
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
     model.tie_weights()  # to_empty gives each name a tensor of its own
-    _read_shards(model, folder, transforms, mesh)
+    _read_shards(model, folder, transforms)
+    init_lora(model, config.seed)
     return model
 
 
@@ -222,9 +226,14 @@ def shard_model(model, mesh: DeviceMesh, precision: str) -> None:
 
 
 @torch.no_grad()
-def _read_shards(model, folder: str, transforms: list, mesh: DeviceMesh) -> None:
+def _read_shards(model, folder: str, transforms: list) -> None:
     """Copy from the safetensors files of `folder` the rows that this rank holds of each tensor."""
-    parameters = model.state_dict()
+    # LoRA wraps a layer's weights, and the files know nothing of it.
+    parameters = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in model.state_dict().items()
+        if ".lora_" not in name
+    }
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     missing = set(parameters)
@@ -236,7 +245,7 @@ def _read_shards(model, folder: str, transforms: list, mesh: DeviceMesh) -> None
                     key, renamings, converters, model.base_model_prefix, parameters
                 )
                 if name in parameters and converted is None:
-                    _copy_rows(file.get_slice(key), parameters[name], mesh)
+                    _copy_rows(file.get_slice(key), parameters[name])
                     missing.discard(name)
     if model.config.tie_word_embeddings:
         missing.discard("lm_head.weight")
@@ -253,18 +262,15 @@ def _weight_files(folder: str) -> list[Path]:
     return paths
 
 
-def _copy_rows(source, parameter: DTensor, mesh: DeviceMesh) -> None:
-    """Copy this rank's rows of a tensor in a file; fully_shard deals rows as torch.chunk does."""
-    local = parameter.to_local()
+def _copy_rows(source, parameter: DTensor) -> None:
+    """Copy this rank's rows of a tensor in a file."""
     if tuple(source.get_shape()) != tuple(parameter.shape):
         raise UserError(
             f"a tensor of shape {source.get_shape()} in the file, {list(parameter.shape)} in the "
             "model: config.json and weights do not belong together"
         )
-    if local.numel():
-        rows_of_a_rank = -(-parameter.shape[0] // mesh["shard"].size())
-        first = rows_of_a_rank * mesh["shard"].get_local_rank()
-        local.copy_(source[first : first + local.shape[0]])
+    if parameter.to_local().numel():
+        parameter.to_local().copy_(local_rows(source, parameter))
 
 
 @torch.no_grad()
@@ -275,11 +281,12 @@ def export_sharded_model(model, processor, output_dir: str | Path) -> None:
     """
     state_dict = {}
     for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+        if not is_exported(model, name):
             continue
         # Replicas hold the same; the first is enough.
         if tensor.device_mesh["replicate"].get_local_rank() == 0:
-            whole = tensor.to(torch.bfloat16).full_tensor()
+            whole = tensor if ".lora_" in name else tensor.to(torch.bfloat16)
+            whole = whole.full_tensor()
             if dist.get_rank() == 0:
                 state_dict[name] = whole.cpu()
     if dist.get_rank() == 0:

@@ -6,10 +6,13 @@ import logging
 import os
 import platform
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 
@@ -23,9 +26,11 @@ from util.model_util import (
     choose_attention,
     choose_device,
     find_model,
-    load_model,
+    is_model_folder,
+    load_model_to_answer,
     load_processor,
 )
+from util.plan_util import PlannedData
 from util.sample_util import Sample, SampleEncoder
 from util.score_util import load_metric, score_all
 
@@ -60,14 +65,13 @@ def parse_arguments(description: str) -> argparse.Namespace:
 def newest_run(model_dir: str | None = None) -> Path | None:
     """Return `model_dir`, or the newest finished run under train_output, or None."""
     if model_dir:
-        if not (Path(model_dir) / "config.json").is_file():
+        if not is_model_folder(model_dir):
             raise UserError(
                 f"--model_dir {model_dir}: is not a model folder: it has no config.json"
             )
         return Path(model_dir)
-    runs = Path("train_output").glob("*/config.json")
-    newest = max(runs, key=lambda path: path.stat().st_mtime, default=None)
-    return newest.parent if newest else None
+    runs = [path for path in Path("train_output").glob("*") if is_model_folder(path)]
+    return max(runs, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def run_config(run: Path | None) -> Config:
@@ -102,7 +106,7 @@ def answer_prompts(name: str, config: Config, arguments: argparse.Namespace) -> 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     is_flash = choose_attention(device, "bf16") == "flash_attention_2"
     attention = "flash_attention_2" if is_flash else "sdpa"
-    model = load_model(folder, attention, device, dtype).eval()
+    model = load_model_to_answer(folder, attention, device, dtype)
     build_inputs = InputBuilder(processor, attention, device)
     print(
         f"model {name} on {device}; images of {config.min_pixels} to {config.max_pixels} pixels, "
@@ -196,10 +200,79 @@ def save_answers(arguments, name: str, rows: list[dict], settings: dict) -> None
     print(f"saved to {arguments.save}")
 
 
+@torch.no_grad()
+def score_answers(config: Config, model, build_inputs, data: PlannedData) -> dict:
+    """Let the model in training answer the first --eval_generate held-out samples; return scores.
+
+    Ranks share the prompts, and call this together. An answer may be twice as long as the longest
+    reference.
+    """
+    encoder, prompts = data.samples.encoder, held_out_prompts(data, config.eval_generate)
+    if not prompts:
+        return {}
+    references = [reference for _, reference in prompts]
+    limit = 2 * max(len(ids) for ids in encoder.tokenizer(references).input_ids) + 1
+    rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    # Every rank answers as many prompts, the last ones perhaps twice: sharded layers are gathered
+    # by all ranks together.
+    num_turns = -(-len(prompts) // num_ranks)
+    mine = [(rank + num_ranks * turn) % len(prompts) for turn in range(num_turns)]
+    answers = {}
+    with _ready_to_answer(model):
+        for start in range(0, len(mine), config.batch_size):
+            chosen = mine[start : start + config.batch_size]
+            samples = [encoder.encode_prompt(*prompts[i][0]) for i in chosen]
+            new = generate(model, encoder, build_inputs, samples, limit, synced_gpus=num_ranks > 1)
+            answers |= dict(zip(chosen, new))
+    if num_ranks > 1:
+        everyones = [None] * num_ranks
+        dist.all_gather_object(everyones, answers)
+        answers = {i: answer for part in everyones for i, answer in part.items()}
+    answers = [answers[i] for i in range(len(prompts))]
+    scores = score_all(answers, references, load_metric(config.metric))
+    result = {
+        "eval_exact_match": scores["num_exact"] / scores["num_scored"],
+        "eval_character_error_rate": scores["character_error_rate"],
+    }
+    return result if scores["metric"] is None else result | {"eval_metric": scores["metric"]}
+
+
+def held_out_prompts(data: PlannedData, most: int) -> list[tuple[tuple, str]]:
+    """Return (messages and folder, reference) of the first `most` samples that end in an answer."""
+    prompts, records = [], data.samples.records
+    for i in np.flatnonzero(data.index.num_tokens > 0).tolist():
+        if len(prompts) == most:
+            break
+        *messages, last = parse_conversation(records[i])
+        if last["role"] == "assistant":
+            prompts.append(((messages, records.folder(i)), text_of(last)))
+    return prompts
+
+
+@contextmanager
+def _ready_to_answer(model):
+    """Switch a model in training to generation, and back."""
+    attention = model.config._attn_implementation
+    if attention == "packed_sdpa":
+        model.set_attn_implementation("sdpa")  # packed_sdpa knows no padding and no cache
+    model.eval()
+    yield
+    model.train()
+    model.set_attn_implementation(attention)
+
+
 def generate(
-    model, encoder: SampleEncoder, build_inputs, samples: list[Sample], max_new_tokens: int
+    model,
+    encoder: SampleEncoder,
+    build_inputs,
+    samples: list[Sample],
+    max_new_tokens: int,
+    synced_gpus: bool = False,
 ) -> list[str]:
-    """Return the greedy answers to prompts, generated as one batch, padded on the left."""
+    """Return the greedy answers to prompts, generated as one batch, padded on the left.
+
+    synced_gpus: ranks that share the model go on until the last of them is done.
+    """
     device, tokenizer = build_inputs.device, encoder.tokenizer
 
     def pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
@@ -227,8 +300,12 @@ def generate(
         if grids:
             inputs[grid_name] = torch.tensor(grids)
             inputs[pixel_name] = build_inputs.normalize(torch.cat(patches).to(device))
+    seconds = [second for sample in samples for second in sample.second_per_grid_ts]
+    if seconds and "second_per_grid_ts" in encoder.processor.model_input_names:
+        inputs["second_per_grid_ts"] = torch.tensor(seconds)
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    with torch.inference_mode():
+    # fully_shard cannot do with inference_mode.
+    with torch.no_grad():
         output = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -237,6 +314,7 @@ def generate(
             temperature=None,
             top_p=None,
             top_k=None,
+            synced_gpus=synced_gpus,
         )
     new_tokens = output[:, inputs["input_ids"].shape[1] :]
     return tokenizer.batch_decode(new_tokens, skip_special_tokens=True)

@@ -119,11 +119,37 @@ def open_reporter(config: Config, output_dir: Path) -> Callable[[dict], None]:
     return lambda metrics: package.log(metrics, step=metrics["global_step"])
 
 
+def describe_evaluation(scores: dict) -> str:
+    """Return what evaluate() found as a part of a line of the log."""
+    line = f"held-out loss {scores['eval_loss']:.4f}"
+    if "eval_exact_match" in scores:
+        line += (
+            f", {scores['eval_exact_match']:.1%} of answers exact, "
+            f"character error rate {scores['eval_character_error_rate']:.1%}"
+        )
+    return line + (f", metric {scores['eval_metric']:.4f}" if "eval_metric" in scores else "")
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Return the peak so far in GiB: allocated on a GPU, resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
+def log_left_out(problems: list[str], metrics_file: Path) -> None:
+    """Say how many samples a run was without, where there are any.
+
+    `problems` are those of the data. Those that only decoding found are counted step by step in
+    the metrics, so also before a resume.
+    """
+    lines = metrics_file.read_text(encoding="utf-8").splitlines()
+    num_undecodable = sum(json.loads(line).get("num_bad_samples", 0) for line in lines)
+    if problems or num_undecodable:
+        logger.warning(
+            f"left out   altogether: {len(problems):,} samples before the first step, and "
+            f"{num_undecodable:,} in the steps, where they could not be decoded"
+        )
 
 
 def plot_loss(metrics_file: Path, output_file: Path) -> None:

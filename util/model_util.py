@@ -1,5 +1,6 @@
 """Device, processor, model and attention: what the loop trains, and how it is called."""
 
+import json
 import logging
 import os
 import urllib.error
@@ -12,15 +13,29 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from peft import PeftModel
+from safetensors.torch import save_file
 from transformers.utils import is_flash_attn_2_available
 
 from util.config import Config, UserError
+from util.memory_util import init_lora, prepare_for_training
 from util.plan_util import MicroBatch
 from util.sample_util import SampleEncoder
 from util.tiny_model import cached_tiny_model
 from util.vision_util import MAX_VIDEO_TOKENS, PixelPolicy
 
 logger = logging.getLogger("finetune")
+
+ADAPTER_FILE = "adapter_config.json"
+# Model types that this repo trains; tests/test_families.py holds what differs between them.
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+# The longest segment, by the name under which flash attention gets where segments end.
+LONGEST = {
+    "cu_seq_lens_q": "max_length_q",
+    "cu_seq_lens_k": "max_length_k",
+    "image_cu_seqlens": "image_max_seqlen",
+    "image_cu_window_seqlens": "image_max_window_seqlen",
+}
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -98,22 +113,30 @@ def packed_sdpa(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def find_model(name: str) -> str:
+def is_model_folder(folder: str | Path) -> bool:
+    """Return whether a folder holds a model or a LoRA adapter."""
+    return any((Path(folder) / name).is_file() for name in ("config.json", ADAPTER_FILE))
+
+
+def find_model(name: str, with_weights: bool = True) -> str:
     """Return the local folder of a model: tiny, a folder, or a hub name (downloaded once).
+
+    Without weights, only what says how the model looks and what it reads is downloaded.
 
     Raises UserError, within seconds, where the hub cannot be reached.
     """
     if name == "tiny":
         return cached_tiny_model()
     if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
+        if not is_model_folder(name):
             raise UserError(f"{name}: is not a model folder: it has no config.json")
         return name
     if name.count("/") != 1 or name[0] in "./~":
         raise UserError(
             f"{name}: no such folder, and not a hub name like Qwen/Qwen2-VL-2B-Instruct"
         )
-    wanted = {"allow_patterns": ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]}
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model", *["*.safetensors"] * with_weights]
+    wanted = {"allow_patterns": patterns}
     if reason := _why_unreachable(f"{constants.ENDPOINT}/{name}/resolve/main/config.json"):
         try:
             return snapshot_download(name, local_files_only=True, **wanted)
@@ -147,21 +170,44 @@ def _why_unreachable(url: str) -> str | None:
     return None
 
 
+def base_folder(folder: str) -> str:
+    """Return the model folder that a LoRA adapter stands on; for any other folder, itself."""
+    adapter = Path(folder) / ADAPTER_FILE
+    if not adapter.is_file():
+        return folder
+    return find_model(json.loads(adapter.read_text())["base_model_name_or_path"])
+
+
 def load_processor(folder: str, config: Config):
-    """Return the processor of a model, with the pixel limits of this run written into it."""
+    """Return the processor of a model, with the pixel limits of this run written into it.
+
+    Raises UserError where the model is of no family that this repo trains.
+    """
+    model_config = transformers.AutoConfig.from_pretrained(base_folder(folder))
+    model_type = model_config.model_type
+    if model_type not in FAMILIES:
+        raise UserError(f"{folder}: is of type {model_type}; use one of {', '.join(FAMILIES)}")
+    if "sliding_attention" in getattr(model_config.text_config, "layer_types", []):
+        raise UserError(f"{folder}: its config.json asks for sliding attention: not supported")
     processor = transformers.AutoProcessor.from_pretrained(folder)
     processor.tokenizer.padding_side = "left"  # what batched generation needs
     policy = pixel_policy(processor, config)
-    for part, smallest, largest in (
-        (processor.image_processor, policy.min_pixels, policy.max_pixels),
-        (processor.video_processor, policy.video_min_pixels, policy.video_max_pixels),
-    ):
-        part.size = {"shortest_edge": smallest, "longest_edge": largest}
-    processor.video_processor.fps = policy.video_fps
-    processor.video_processor.max_frames = policy.video_max_frames
-    # Without it, the limits above hold for single frames but not for long clips.
-    processor.video_processor.cap_pixels_per_frame = True
-    processor.video_processor.max_video_tokens = MAX_VIDEO_TOKENS
+    processor.image_processor.size = {
+        "shortest_edge": policy.min_pixels,
+        "longest_edge": policy.max_pixels,
+    }
+    video_processor = processor.video_processor
+    video_processor.fps = policy.video_fps
+    video_processor.max_frames = policy.video_max_frames
+    # Without it, limits hold for single frames but not for long clips.
+    video_processor.cap_pixels_per_frame = True
+    largest, max_tokens = policy.video_max_pixels, MAX_VIDEO_TOKENS
+    if isinstance(video_processor, transformers.Qwen3VLVideoProcessor):
+        # It has the two the other way round: pixels of the clip, tokens of a frame. And it does
+        # not enlarge frames that are smaller than the smallest, where training does.
+        largest, max_tokens = policy.video_total_pixels, largest / policy.factor**2
+    video_processor.size = {"shortest_edge": policy.video_min_pixels, "longest_edge": largest}
+    video_processor.max_video_tokens = max_tokens
     return processor
 
 
@@ -186,19 +232,50 @@ def build_encoder(folder: str, processor, config: Config) -> SampleEncoder:
     # The positions need the model's config but none of its weights.
     with torch.device("meta"):
         skeleton = transformers.AutoModelForImageTextToText.from_config(
-            transformers.AutoConfig.from_pretrained(folder)
+            transformers.AutoConfig.from_pretrained(base_folder(folder))
         )
     policy = pixel_policy(processor, config)
-    return SampleEncoder(processor, skeleton.model.get_rope_index, policy, config.supervise)
+    return SampleEncoder(processor, skeleton.model, policy, config.supervise)
 
 
-def load_model(folder: str, attention: str, device: torch.device, dtype=torch.float32):
-    """Load a model onto `device`. The checkpoint's own dtype (bf16 on the hub) is not kept."""
+def load_model(folder: str, attention: str, device: torch.device, config: Config):
+    """Load a model to train onto `device`, prepared as `config` says.
+
+    Weights are read in the checkpoint's own dtype (bf16 on the hub) and changed one at a time, so
+    that neither side ever holds more than it has to.
+    """
+    if (Path(folder) / ADAPTER_FILE).is_file():
+        raise UserError(
+            f"{folder}: is a LoRA adapter; to train on, merge it first: "
+            f"python -m util.merge_adapter {folder} MERGED"
+        )
+    model = _from_pretrained(folder, attention, dtype="auto")
+    prepare_for_training(model, config, device)
+    model.to(device)  # what are not parameters
+    init_lora(model, config.seed)
+    return model
+
+
+def load_model_to_answer(folder: str, attention: str, device: torch.device, dtype: torch.dtype):
+    """Load a model, or a base model with the LoRA adapter in `folder`, for generation."""
+    base = base_folder(folder)
+    model = _from_pretrained(base, attention, dtype, device_map={"": device}).eval()
+    if base == folder:
+        return model
+    return PeftModel.from_pretrained(model, folder).eval().get_base_model()
+
+
+def _from_pretrained(folder: str, attention: str, dtype, **options):
+    register_attention(attention)
+    return transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention, **options
+    )
+
+
+def register_attention(attention: str) -> None:
+    """Make packed_sdpa known to transformers, where it is `attention`."""
     if attention == "packed_sdpa":
         transformers.AttentionInterface.register("packed_sdpa", packed_sdpa)
-    return transformers.AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention, device_map={"": device}
-    )
 
 
 class InputBuilder:
@@ -216,31 +293,33 @@ class InputBuilder:
         )
 
     def __call__(self, micro_batch: MicroBatch) -> dict:
-        """Return the arguments. Nothing here or in the forward pass waits for the device."""
+        """Return the arguments. Nothing here or in the forward pass waits for the device.
+
+        Only Qwen3-VL waits, in its first decoder layers, where it adds features to the pictures'
+        tokens (`_deepstack_process` in transformers 5.23).
+        """
         patches = self._to_device(micro_batch.patches)
         inputs = {
             "input_ids": self._to_device(micro_batch.input_ids),
             "position_ids": self._to_device(micro_batch.position_ids),
             "pixel_values": self.normalize(patches),
             "image_grid_thw": micro_batch.image_grid_thw,
-            "image_position_ids": self._to_device(micro_batch.vision_position_ids),
             # Isolation comes from the segment ends below; a mask would be T x T.
-            "attention_mask": {"full_attention": None},
+            "attention_mask": None,
             "logits_to_keep": self._to_device(micro_batch.supervised_positions),
             "use_cache": False,
         }
-        ends, vision_ends = micro_batch.cu_seqlens, micro_batch.vision_cu_seqlens
-        if self.is_flash:
-            longest = int(ends.diff().max())
-            inputs |= {"max_length_q": longest, "max_length_k": longest}
-            inputs["image_max_seqlen"] = int(vision_ends.diff().max())
-            ends, vision_ends = self._to_device(ends), self._to_device(vision_ends)
+        ends = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), micro_batch.cu_seqlens)
+        for name, tensor in micro_batch.vision_inputs.items():
+            if name in ("cu_seqlens", "cu_window_seqlens"):
+                ends[f"image_{name}"] = tensor
+            else:
+                inputs[f"image_{name}"] = self._to_device(tensor)
         # packed_sdpa and transformers' own split of the vision tower read them on the CPU.
-        return inputs | {
-            "cu_seq_lens_q": ends,
-            "cu_seq_lens_k": ends,
-            "image_cu_seqlens": vision_ends,
-        }
+        if self.is_flash:
+            inputs |= {LONGEST[name]: int(tensor.diff().max()) for name, tensor in ends.items()}
+            ends = {name: self._to_device(tensor) for name, tensor in ends.items()}
+        return inputs | ends
 
     def normalize(self, patches: torch.Tensor) -> torch.Tensor:
         """Return uint8 patches (num_patches, patch_dim) on the device as the model wants them."""
@@ -250,24 +329,42 @@ class InputBuilder:
         return tensor.to(self.device, non_blocking=True)
 
 
-def export_model(model, processor, output_dir: str | Path) -> None:
-    """Write a folder that the Auto classes load: bf16 weights, processor, chat template."""
+def is_exported(model, name: str) -> bool:
+    """Return whether a tensor of the state dict is written: with LoRA, those of the adapter."""
+    if hasattr(model, "peft_config"):
+        return ".lora_" in name
+    # Tied weights are one tensor under two names.
+    return name != "lm_head.weight" or not model.config.tie_word_embeddings
+
+
+def export_model(model, processor, output_dir: str | Path, dtype=torch.bfloat16) -> None:
+    """Write a folder that the Auto classes load: bf16 weights, processor, chat template.
+
+    With LoRA: the adapter (in fp32, it is small), as PEFT and vLLM read it.
+    """
     state_dict = {
-        name: tensor.detach().to("cpu", torch.bfloat16)
+        name: tensor.detach().to("cpu", torch.float32 if ".lora_" in name else dtype)
         for name, tensor in model.state_dict().items()
+        if is_exported(model, name)
     }
-    if model.config.tie_word_embeddings:
-        del state_dict["lm_head.weight"]  # one tensor under two names
-    write_model(model, state_dict, processor, output_dir)
+    write_model(model, state_dict, processor, output_dir, dtype)
 
 
-def write_model(model, state_dict: dict, processor, output_dir: str | Path) -> None:
-    """Write a model folder with the weights `state_dict`: whole tensors, bf16, on the CPU."""
+def write_model(model, state_dict, processor, output_dir, dtype=torch.bfloat16) -> None:
+    """Write a model folder with the weights `state_dict`: whole tensors on the CPU."""
+    processor.save_pretrained(output_dir)
+    if hasattr(model, "peft_config"):
+        model.peft_config["default"].save_pretrained(output_dir)
+        renamed = {
+            f"base_model.model.{name.replace('.default.', '.')}": tensor
+            for name, tensor in state_dict.items()
+        }
+        save_file(renamed, Path(output_dir) / "adapter_model.safetensors", {"format": "pt"})
+        return
     # A model without weights, since save_pretrained writes the dtype of the one it is called on.
     with torch.device("meta"):
         skeleton = transformers.AutoModelForImageTextToText.from_config(
-            deepcopy(model.config), dtype=torch.bfloat16
+            deepcopy(model.config), dtype=dtype
         )
     skeleton.generation_config = model.generation_config
     skeleton.save_pretrained(output_dir, state_dict=state_dict)
-    processor.save_pretrained(output_dir)

@@ -1,22 +1,57 @@
 """Parameter groups, optimizer and learning-rate schedule."""
 
 import math
+import warnings
 
 import torch
 
+from util.config import Config
+from util.memory_util import part_of
 
-def parameter_groups(model, weight_decay: float) -> list[dict]:
-    """Return two groups for AdamW: decay on matrices, none on biases and norms."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+
+def parameter_groups(model, config: Config) -> list[dict]:
+    """Return the groups of trained parameters, by what --weight_decay and learning rates say.
+
+    Decay is on matrices, not on biases and norms. `lr_scale` is what the learning rate of the
+    step is multiplied with: other than 1 in vision tower and merger with --vision_learning_rate.
+    """
+    vision_scale = (config.vision_learning_rate or config.learning_rate) / config.learning_rate
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            lr_scale = 1.0 if part_of(name) == "llm" else vision_scale
+            key = lr_scale, config.weight_decay if parameter.ndim >= 2 else 0.0
+            groups.setdefault(key, []).append(parameter)
     return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": parameters, "lr_scale": lr_scale, "weight_decay": weight_decay}
+        for (lr_scale, weight_decay), parameters in groups.items()
     ]
 
 
-def build_optimizer(model, weight_decay: float) -> torch.optim.Optimizer:
-    """Return AdamW over the trained parameters; the loop sets the learning rate of each step."""
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=0.0, fused=True)
+def build_optimizer(model, config: Config) -> torch.optim.Optimizer:
+    """Return AdamW over the trained parameters; the loop sets the learning rate of each step.
+
+    With bf16_lean its moments take 8 bits, and weights are rounded stochastically: to the nearest
+    bf16, an update of 1e-5 would change nothing. Sources: https://arxiv.org/abs/2110.02861,
+    https://arxiv.org/abs/2010.06192.
+    """
+    groups = parameter_groups(model, config)
+    if config.precision == "bf16_lean":
+        from torchao.optim import AdamW8bit  # takes seconds to import
+
+        # About the cache of compiled code: torchao 0.18.0 lets torch hash by default.
+        warnings.filterwarnings("ignore", "OptimState8bit does not implement _stable_hash")
+        return AdamW8bit(groups, lr=0.0, bf16_stochastic_round=True)
+    return torch.optim.AdamW(groups, lr=0.0, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of the next step in every parameter group."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):  # AdamW8bit: a number would be compiled in
+            group["lr"].fill_(lr * group["lr_scale"])
+        else:
+            group["lr"] = lr * group["lr_scale"]
 
 
 def learning_rate_at(step: int, num_steps: int, peak: float, warmup_ratio: float) -> float:

@@ -8,6 +8,7 @@ micro-batch: several samples in one row, without padding
 import hashlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -18,7 +19,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 from util.config import UserError
 from util.data_util import Records
@@ -34,12 +40,16 @@ MIN_SAMPLES_FOR_PROCESSES = 256
 
 @dataclass
 class Index:
-    """What is known of every sample before the first step: int32 arrays, one entry a sample."""
+    """What is known of every sample before the first step: int64 arrays, one entry a sample.
+
+    num_patch_pairs: of patches that attend to each other in the vision tower.
+    """
 
     num_tokens: np.ndarray
     num_supervised_tokens: np.ndarray
     num_image_tokens: np.ndarray
     num_video_tokens: np.ndarray
+    num_patch_pairs: np.ndarray
 
     def __len__(self):
         return len(self.num_tokens)
@@ -66,7 +76,7 @@ def build_index(records: Records, encoder: SampleEncoder) -> tuple[Index, list[s
     if cache_file.is_file():
         rows = np.load(cache_file)
     else:
-        rows = np.zeros((len(records), 4), dtype=np.int32)
+        rows = np.zeros((len(records), 5), dtype=np.int64)
     problems = []
     missing = np.flatnonzero(rows[:, 0] == 0)
     for i, row in _run_all(_measure, "index", missing, records, encoder):
@@ -125,6 +135,9 @@ def _start_process(*task) -> None:
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What the pool ends its processes with: a handler of the process they were forked from must
+    # not stand in the way.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _task = task
 
 
@@ -141,6 +154,7 @@ def _index_key(records: Records, encoder: SampleEncoder) -> str:
     key.update(encoder.tokenizer.backend_tokenizer.to_str().encode())
     folders = [os.path.abspath(file.path) for file in records.files]
     settings = (encoder.chat_template, encoder.policy, encoder.supervise, folders, os.getcwd())
+    settings += (type(encoder.processor).__name__,)
     key.update(repr(settings).encode())
     return key.hexdigest()[:20]
 
@@ -268,29 +282,29 @@ class Plan:
 class MicroBatch:
     """Several samples and the dummy segment in one row of T tokens, without padding.
 
-    input_ids (1, T) int64, videos under the image placeholder; position_ids (4, 1, T) int64: row
-    0 restarts at 0 for every segment, rows 1-3 are M-RoPE; patches (num_patches, patch_dim)
-    uint8; vision_position_ids (num_patches, 2) int64; supervised_positions (K,) int64: where
-    logits are needed; targets (K,) int64: the tokens that follow there; cu_seqlens and
-    vision_cu_seqlens int32: where segments begin and end. image_grid_thw (num_media, 3) int64
-    stays on the CPU, as the model reads it there. problems: messages of samples left out.
+    input_ids (1, T) int64, videos under the image placeholder; position_ids (3, 1, T) int64,
+    M-RoPE; patches (num_patches, patch_dim) uint8; vision_inputs: see there; supervised_positions
+    (K,) int64: where logits are needed; targets (K,) int64: the tokens that follow there;
+    cu_seqlens int32: where segments begin and end. image_grid_thw (num_media, 3) int64 stays on
+    the CPU, as the model reads it there. problems: messages of samples left out.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     patches: torch.Tensor
     image_grid_thw: torch.Tensor
-    vision_position_ids: torch.Tensor
+    vision_inputs: dict[str, torch.Tensor]
     supervised_positions: torch.Tensor
     targets: torch.Tensor
     cu_seqlens: torch.Tensor
-    vision_cu_seqlens: torch.Tensor
     problems: list[str] = field(default_factory=list)
 
     def pin_memory(self) -> "MicroBatch":
         """Return a copy in page-locked memory; the DataLoader calls it."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "problems"}
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items()})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.type is torch.Tensor}
+        pinned = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        vision_inputs = {name: tensor.pin_memory() for name, tensor in self.vision_inputs.items()}
+        return replace(self, vision_inputs=vision_inputs, **pinned)
 
 
 def pack(samples: list[Sample], encoder: SampleEncoder) -> MicroBatch:
@@ -303,20 +317,46 @@ def pack(samples: list[Sample], encoder: SampleEncoder) -> MicroBatch:
     input_ids[input_ids == encoder.video_token_id] = encoder.image_token_id
     labels = torch.cat([sample.labels for sample in samples])
     supervised_positions = torch.nonzero(labels[1:] != IGNORE)[:, 0]
-    restarting = torch.cat([torch.arange(length) for length in lengths])
-    mrope = torch.cat([sample.position_ids for sample in samples], dim=1)
     image_grid_thw = torch.tensor([grid for sample in samples for grid in sample.grids])
     return MicroBatch(
         input_ids=input_ids[None],
-        position_ids=torch.cat([restarting[None], mrope])[:, None],
+        position_ids=torch.cat([sample.position_ids for sample in samples], dim=1)[:, None],
         patches=torch.cat([sample.patches for sample in samples]),
         image_grid_thw=image_grid_thw,
-        vision_position_ids=get_vision_position_ids(image_grid_thw, encoder.policy.merge_size),
+        vision_inputs=vision_inputs(image_grid_thw, encoder.vision_tower),
         supervised_positions=supervised_positions,
         targets=labels[supervised_positions + 1],
         cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
-        vision_cu_seqlens=get_vision_cu_seqlens(image_grid_thw),
     )
+
+
+def vision_inputs(grids: torch.Tensor, vision_tower) -> dict[str, torch.Tensor]:
+    """Return what a vision tower computes of patch grids (num_media, 3), by its names for it.
+
+    position_ids (num_patches, 2) int64; cu_seqlens int32: where frames begin and end. Qwen2.5-VL:
+    window_index (num_tokens,) int64, an order of windows, cu_window_seqlens int32. Qwen3-VL:
+    interp_indices int64 and interp_weights (num_patches, 4), into its table of positions.
+    """
+    merge_size = vision_tower.spatial_merge_size
+    inputs = {
+        "position_ids": get_vision_position_ids(grids, merge_size),
+        "cu_seqlens": get_vision_cu_seqlens(grids),
+    }
+    if hasattr(vision_tower, "window_size"):
+        inputs["window_index"], inputs["cu_window_seqlens"] = get_vision_window_index(
+            grids, merge_size, vision_tower.window_size, vision_tower.patch_size
+        )
+    if hasattr(vision_tower, "num_grid_per_side"):
+        inputs["interp_indices"], inputs["interp_weights"] = (
+            get_vision_interpolation_indices_and_weights(
+                grids,
+                vision_tower.num_grid_per_side,
+                vision_tower.interpolation_mode,
+                vision_tower.interpolation_align_corners,
+                merge_size,
+            )
+        )
+    return inputs
 
 
 # ---------------------------------------------------------------- the loader
@@ -404,6 +444,27 @@ def load_micro_batches(
         if micro_batch.problems and config.on_bad_sample == "stop":
             raise UserError(micro_batch.problems[0])
         yield micro_batch
+
+
+class Stopwatch:
+    """An iterator that adds up how long it was waited for."""
+
+    def __init__(self, iterator: Iterator):
+        self._iterator, self._seconds = iterator, 0.0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        started = time.perf_counter()
+        item = next(self._iterator)
+        self._seconds += time.perf_counter() - started
+        return item
+
+    def take_seconds(self) -> float:
+        """Return the seconds since the last call of this."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
 
 def _start_worker(worker_id: int) -> None:

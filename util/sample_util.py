@@ -5,6 +5,7 @@ Everything that is wrong raises ValueError, naming the message and the file in i
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from util.data_util import media_of, parse_conversation, text_of
 from util.media_source import check_local_file, describe, local_path, map_paths
-from util.vision_util import PixelPolicy, load_media, probe_media
+from util.vision_util import MediaShape, PixelPolicy, load_media, probe_media
 
 IGNORE = -100  # label of a token that is not trained
 CONTROL_TOKEN = re.compile(r"<\|(im_.*|vision_.*|.*_pad|endoftext)\|>")
@@ -25,7 +26,8 @@ class Sample:
 
     input_ids (T,) int64; labels (T,) int64, unshifted, -100 where not trained; position_ids
     (3, T) int64, M-RoPE; patches (num_patches, patch_dim) uint8; grids and media_types: one
-    (t, h, w) and one "image" or "video" for each picture or clip, in order.
+    (t, h, w) and one "image" or "video" for each picture or clip, in order; second_per_grid_ts:
+    for each clip the seconds from one of its t frames to the next.
     """
 
     input_ids: torch.Tensor
@@ -34,20 +36,21 @@ class Sample:
     patches: torch.Tensor
     grids: list[tuple[int, int, int]]
     media_types: list[str]
+    second_per_grid_ts: list[float]
 
 
 class SampleEncoder:
     """Turns conversations into samples, with the tokenizer and chat template of the model.
 
-    `get_rope_index` is the method of that name of the model class; it only needs the config, so
-    a model on the meta device serves. `folder`, in its methods, is where media paths are looked
-    for after the current folder: that of the data file.
+    `model` knows how positions are counted; nothing of it but the config is needed, so one on the
+    meta device serves. `folder`, in the methods, is where media paths are looked for after the
+    current folder: that of the data file.
     """
 
-    def __init__(self, processor, get_rope_index, policy: PixelPolicy, supervise: str):
-        self.tokenizer = processor.tokenizer
+    def __init__(self, processor, model, policy: PixelPolicy, supervise: str):
+        self.processor, self.tokenizer = processor, processor.tokenizer
         self.chat_template = processor.chat_template or self.tokenizer.chat_template
-        self.get_rope_index = get_rope_index
+        self.get_rope_index, self.vision_tower = model.get_rope_index, model.visual
         self.policy = policy
         self.supervise = supervise
         self.image_token_id = processor.image_token_id
@@ -105,6 +108,11 @@ class SampleEncoder:
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
+            if i == 0:
+                raise ValueError(
+                    "message 0: an answer to nothing: put a user or system message before it, or "
+                    "use --supervise all"
+                )
             prompt = self.render(messages[:i], add_generation_prompt=True)
             turn = self.render(messages[: i + 1])
             end = turn.rfind(self.end_of_turn) + len(self.end_of_turn)
@@ -122,14 +130,17 @@ class SampleEncoder:
             )
         return [*pieces, (text[done:], False)]
 
-    def tokenize(self, pieces: list[tuple[str, bool]], grids: list) -> tuple[list, list]:
+    def tokenize(self, pieces: list[tuple[str, bool]], media: list[MediaShape]) -> tuple:
         """Return input_ids and labels of `pieces`, with a placeholder for every media token."""
-        input_ids, labels, grids = [], [], iter(grids)
+        input_ids, labels = [], []
+        clips = iter([shape for shape in media if shape.metadata])
+        frames = iter([(1, h, w) for t, h, w in (shape.grid for shape in media) for _ in range(t)])
         for text, is_trained in pieces:
+            text = self.place_frames(text, clips)
             for token in self.tokenizer(text, add_special_tokens=False).input_ids:
                 repeats = 1
                 if token in (self.image_token_id, self.video_token_id):
-                    repeats = self.policy.num_tokens(next(grids))
+                    repeats = self.policy.num_tokens(next(frames))
                 trained = is_trained and token not in self.media_token_ids
                 input_ids += [token] * repeats
                 labels += [token if trained else IGNORE] * repeats
@@ -137,19 +148,38 @@ class SampleEncoder:
         labels[0] = IGNORE
         return input_ids, labels
 
-    def measure(self, record, folder: Path = Path()) -> tuple[int, int, int, int]:
+    def place_frames(self, text: str, clips: Iterator[MediaShape]) -> str:
+        """Return `text` with one placeholder for each frame of the clips that stand in it.
+
+        The processor does it: that of Qwen3-VL writes the time before each frame. Such a time is
+        text like any other; --supervise all trains it.
+        """
+        frames = []
+        for _ in range(text.count(self.processor.video_token)):
+            shape = next(clips)
+            one_token = (shape.grid[0], self.policy.merge_size, self.policy.merge_size)
+            clip = {"video_grid_thw": torch.tensor([one_token]), "video_metadata": [shape.metadata]}
+            frames.append(self.processor.replace_video_token(clip, 0))
+        (text,), _ = self.processor.get_text_with_replacements([text], videos_replacements=frames)
+        return text
+
+    def measure(self, record, folder: Path = Path()) -> tuple[int, ...]:
         """Return the numbers of tokens of a record: all, supervised, of images, of videos.
+
+        And that of pairs of patches that attend to each other: those of one picture or two frames
+        (fewer in Qwen2.5-VL's layers with windows).
 
         Only headers of media are read. Raises ValueError where the record cannot be trained on.
         """
         messages = self.prepare(record, folder)
-        grids = [self._at_media(probe_media, i, item) for i, item in media_of(messages)]
-        input_ids, labels = self.tokenize(self.segments(messages), grids)
+        media = [self._at_media(probe_media, i, item) for i, item in media_of(messages)]
+        input_ids, labels = self.tokenize(self.segments(messages), media)
         num_supervised = len(labels) - labels.count(IGNORE)
         if num_supervised == 0:
             raise ValueError("nothing to train: no text is supervised")
         images, videos = (input_ids.count(t) for t in (self.image_token_id, self.video_token_id))
-        return len(input_ids), num_supervised, images, videos
+        pairs = sum(t * (h * w) ** 2 for t, h, w in (shape.grid for shape in media))
+        return len(input_ids), num_supervised, images, videos, pairs
 
     def encode(self, record, folder: Path = Path()) -> Sample:
         """Return the sample of a record, with all its media decoded."""
@@ -164,20 +194,25 @@ class SampleEncoder:
     def _sample(self, messages: list[dict], pieces: list[tuple[str, bool]]) -> Sample:
         items = list(media_of(messages))
         media_types = [item["type"] for _, item in items]
-        media = [self._at_media(load_media, i, item) for i, item in items]
-        grids = [grid for _, grid in media]
-        input_ids, labels = (torch.tensor(ids) for ids in self.tokenize(pieces, grids))
-        position_ids = self.positions(input_ids, grids, media_types)
+        loaded = [self._at_media(load_media, i, item) for i, item in items]
+        media = [shape for _, shape in loaded]
+        input_ids, labels = (torch.tensor(ids) for ids in self.tokenize(pieces, media))
+        grids = [shape.grid for shape in media]
+        depth = self.policy.temporal_patch_size
+        seconds = [depth / shape.metadata.sampled_fps for shape in media if shape.metadata]
+        position_ids = self.positions(input_ids, grids, media_types, seconds)
         no_patches = torch.empty((0, self.policy.patch_dim), dtype=torch.uint8)
-        patches = torch.cat([no_patches, *(patches for patches, _ in media)])
-        return Sample(input_ids, labels, position_ids, patches, grids, media_types)
+        patches = torch.cat([no_patches, *(patches for patches, _ in loaded)])
+        return Sample(input_ids, labels, position_ids, patches, grids, media_types, seconds)
 
     def token_types(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return 1 for tokens of images, 2 for tokens of videos, else 0, as int64."""
         is_image, is_video = input_ids == self.image_token_id, input_ids == self.video_token_id
         return is_image.long() + 2 * is_video.long()
 
-    def positions(self, input_ids: torch.Tensor, grids: list, media_types: list) -> torch.Tensor:
+    def positions(
+        self, input_ids: torch.Tensor, grids: list, media_types: list, second_per_grid_ts: list
+    ) -> torch.Tensor:
         """Return the M-RoPE positions (3, T) of a sample, by the model's own rule."""
         grids_of = {
             kind: torch.tensor([grid for grid, k in zip(grids, media_types) if k == kind])
@@ -188,6 +223,8 @@ class SampleEncoder:
             self.token_types(input_ids)[None],
             image_grid_thw=grids_of.get("image"),
             video_grid_thw=grids_of.get("video"),
+            # Qwen2.5-VL places frames by their time; the others take no notice.
+            second_per_grid_ts=torch.tensor(second_per_grid_ts),
         )
         return position_ids[:, 0]
 
@@ -203,10 +240,11 @@ class SampleEncoder:
         return Sample(
             input_ids,
             torch.full_like(input_ids, IGNORE),
-            self.positions(input_ids, [grid], ["image"]),
+            self.positions(input_ids, [grid], ["image"], []),
             patches.to(torch.uint8),
             [grid],
             ["image"],
+            [],
         )
 
     def _at_media(self, function, i: int, item: dict):

@@ -3,7 +3,7 @@
 import bisect
 import contextlib
 import itertools
-import multiprocessing
+import os
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -23,6 +23,34 @@ INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolati
 ATTACHED_PICTURE = 1024  # a cover, not a video. Source: AV_DISPOSITION_ATTACHED_PIC, avformat.h
 
 
+def declared_length(start: bytes) -> int | None:
+    """Return how many bytes a file has at least, by its first bytes: Matroska, WebM and AVI.
+
+    None where they do not say: other containers, and files that were written as a stream. Sources:
+    RFC 8794 (EBML) and RFC 9559 (Matroska); the RIFF file format.
+    """
+    if start.startswith(b"RIFF"):
+        length = int.from_bytes(start[4:8], "little")
+        return length + 8 if 0 < length < 2**32 - 1 else None
+    if not start.startswith(b"\x1a\x45\xdf\xa3"):
+        return None
+    length, begin = _ebml_length(start, 4)
+    segment = begin + (length or 0)
+    if not start.startswith(b"\x18\x53\x80\x67", segment):
+        return None
+    length, begin = _ebml_length(start, segment + 4)
+    return None if length is None else begin + length
+
+
+def _ebml_length(start: bytes, i: int) -> tuple[int | None, int]:
+    """Return the length that stands at `i`, None where it is left open, and where it ends."""
+    # The leading zeros of the first byte tell how many bytes it takes, each of 7 bits.
+    width = 9 - int.from_bytes(start[i : i + 1], "big").bit_length()
+    length, unknown = int.from_bytes(start[i : i + width], "big"), 2 ** (7 * width) - 1
+    length &= unknown
+    return None if length == unknown else length, i + width
+
+
 class VideoReader:
     """Gives the frames of a video at indices or times.
 
@@ -31,17 +59,19 @@ class VideoReader:
     (height, width) as shown, `reader.codec` the decoder's name. `source` is the path of a file
     or a BytesIO; `num_threads` decode (0: as many as there are cores). Raises ValueError, or
     av.error.FFmpegError, where there is no video or it is damaged.
+
+    A file that was cut off is told where its header or index says how long it was: mp4, mov, mkv,
+    webm, avi. Of ts, mpg, flv, wmv, gif, fragmented mp4 and recordings of live streams that is not
+    known: cut off between two frames (fragments), they are read as shorter clips.
     """
 
-    def __init__(self, source: str | BytesIO, num_threads: int | None = None):
+    def __init__(self, source: str | BytesIO, num_threads: int = 1):
         if isinstance(source, str) and not Path(source).is_file():
             raise ValueError("not a file")  # a pipe or a device could block for ever
-        if num_threads is None:
-            # In a worker process the workers are the parallelism.
-            num_threads = 1 if multiprocessing.parent_process() else 0
         self._source, self._num_threads, self._container = source, num_threads, None
         try:
             self._open()
+            self._check_length()
             self._scan()
         except BaseException:
             self.close()
@@ -79,6 +109,16 @@ class VideoReader:
         self._decoder = self._stream.codec_context
         self._decoder.thread_count, self._decoder.thread_type = self._num_threads, "AUTO"
         self.codec = self._decoder.name
+
+    def _check_length(self) -> None:
+        if isinstance(self._source, BytesIO):
+            start, length = self._source.getbuffer()[:256].tobytes(), len(self._source.getbuffer())
+        else:
+            with open(self._source, "rb") as file:
+                start, length = file.read(256), os.path.getsize(self._source)
+        declared = declared_length(start)
+        if declared and length < declared:
+            raise ValueError(f"the file is cut off: {length:,} of {declared:,} bytes")
 
     def _scan(self) -> None:
         # Packets tell the presentation time of every frame, and where decoding can begin, without

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from transformers.video_utils import VideoMetadata
 
 from util.media_source import FRAME_SIZE_KEYS, IMAGE_KEYS, NUM_FRAMES_KEYS, resolve
 from util.video_reader import VideoReader
@@ -23,7 +24,7 @@ from util.video_reader import VideoReader
 FRAME_FACTOR = 2
 MIN_FRAMES = 4
 MAX_VIDEO_TOKENS = 128000
-MIN_FRAME_PIXELS = 128 * 28 * 28
+MIN_FRAME_TOKENS = 128
 MAX_IMAGE_TOKENS = 16384
 MAX_ASPECT_RATIO = 200
 
@@ -37,10 +38,12 @@ def smart_resize(
     """Return the (height, width) nearest in shape that are multiples of `factor`, within limits.
 
     Source: `smart_resize` in transformers' image_processing_qwen2_vl.py. Raises ValueError where
-    one side is over 200 times the other.
+    one side is over 200 times the other, or the limits make no sense.
     """
     if min_pixels > max_pixels:
         raise ValueError(f"min_pixels {min_pixels} is above max_pixels {max_pixels}")
+    if min_pixels > MAX_IMAGE_TOKENS * factor**2:  # enlarging can take all memory there is
+        raise ValueError(f"min_pixels {min_pixels} is above {MAX_IMAGE_TOKENS * factor**2}")
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise ValueError(
             f"{width} x {height} pixels: one side is over {MAX_ASPECT_RATIO} times the other"
@@ -84,7 +87,12 @@ class PixelPolicy:
     @property
     def video_min_pixels(self) -> int:
         """Smallest frame: a sixth of the largest, as in qwen-vl-utils, and never above its own."""
-        return min(MIN_FRAME_PIXELS, self.video_max_pixels // 6)
+        return min(MIN_FRAME_TOKENS * self.factor**2, self.video_max_pixels // 6)
+
+    @property
+    def video_total_pixels(self) -> int:
+        """Largest clip, all frames together; two of them make one frame of tokens."""
+        return FRAME_FACTOR * int(MAX_VIDEO_TOKENS * self.factor**2 * 0.9)
 
     def image_size(
         self,
@@ -148,9 +156,9 @@ class PixelPolicy:
         """
         if resized:
             return self.image_size(height, width, **resized)
-        total_pixels = total_pixels or int(MAX_VIDEO_TOKENS * self.factor**2 * 0.9)
+        total_pixels = FRAME_FACTOR * total_pixels if total_pixels else self.video_total_pixels
         smallest = min_pixels or min(self.video_min_pixels, max_pixels or self.video_min_pixels)
-        largest = min(self.video_max_pixels, total_pixels * FRAME_FACTOR // num_frames)
+        largest = min(self.video_max_pixels, total_pixels // num_frames)
         largest = max(largest, int(smallest * 1.05))
         largest = min(largest, max_pixels or largest)
         return smart_resize(height, width, self.factor, smallest, largest)
@@ -203,42 +211,61 @@ def convert_box(
 # ---------------------------------------------------------------- what training calls
 
 
-def probe_media(item: dict, policy: PixelPolicy) -> tuple[int, int, int]:
-    """Return the (t, h, w) patch grid that `load_media` will make of an item.
+@dataclass(frozen=True)
+class MediaShape:
+    """What the model is told of a picture or clip beside its pixels.
+
+    `grid`: its (t, h, w) in patches; `metadata`: of a clip, when its frames are shown, in the form
+    that processors of transformers take.
+    """
+
+    grid: tuple[int, int, int]
+    metadata: VideoMetadata | None = None
+
+
+def probe_media(item: dict, policy: PixelPolicy) -> MediaShape:
+    """Return the shape that `load_media` will find an item to have.
 
     Headers and packets are read; of a clip one frame is decoded, which says how it is turned.
     """
     if item["type"] == "image":
         size = image_size(_resolve(item["image"], policy))
-        return policy.grid(1, *policy.image_size(*size, **_keys(item, IMAGE_KEYS)))
+        return MediaShape(policy.grid(1, *policy.image_size(*size, **_keys(item, IMAGE_KEYS))))
     if isinstance(item["video"], list):
         num_frames, *size = _list_size(item, policy)
-        return policy.grid(num_frames, *size)
+        return MediaShape(policy.grid(num_frames, *size), list_metadata(item, num_frames, policy))
     with VideoReader(_resolve(item["video"], policy)) as reader:
-        num_frames = len(frame_indices(item, reader, policy))
-        size = policy.frame_size(num_frames, *reader.size, **_keys(item, FRAME_SIZE_KEYS))
-        return policy.grid(num_frames, *size)
+        indices = frame_indices(item, reader, policy)
+        size = policy.frame_size(len(indices), *reader.size, **_keys(item, FRAME_SIZE_KEYS))
+        return MediaShape(policy.grid(len(indices), *size), clip_metadata(item, reader, indices))
 
 
-def load_media(item: dict, policy: PixelPolicy) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """Return the patches (num_patches, patch_dim) uint8 of an item, and its grid."""
-    frames = load_frames(item, policy)
-    return patchify(frames, policy), policy.grid(len(frames), *frames.shape[-2:])
+def load_media(item: dict, policy: PixelPolicy) -> tuple[torch.Tensor, MediaShape]:
+    """Return the patches (num_patches, patch_dim) uint8 of an item, and its shape."""
+    frames, metadata = _load(item, policy)
+    grid = policy.grid(len(frames), *frames.shape[-2:])
+    return patchify(frames, policy), MediaShape(grid, metadata)
 
 
 def load_frames(item: dict, policy: PixelPolicy) -> torch.Tensor:
     """Return an item as the model sees it: (num_frames, 3, height, width) uint8."""
+    return _load(item, policy)[0]
+
+
+def _load(item: dict, policy: PixelPolicy) -> tuple[torch.Tensor, VideoMetadata | None]:
     if item["type"] == "image":
         image = read_image(_resolve(item["image"], policy))
-        return _resize(image, policy.image_size(*image.shape[-2:], **_keys(item, IMAGE_KEYS)))
+        size = policy.image_size(*image.shape[-2:], **_keys(item, IMAGE_KEYS))
+        return _resize(image, size), None
     if isinstance(item["video"], list):
         num_frames, *size = _list_size(item, policy)
         frames = [_resize(read_image(_resolve(s, policy)), size) for s in item["video"]]
-        return torch.cat([*frames, frames[-1]])[:num_frames]
+        frames = torch.cat([*frames, frames[-1]])[:num_frames]
+        return frames, list_metadata(item, num_frames, policy)
     with VideoReader(_resolve(item["video"], policy)) as reader:
         indices = frame_indices(item, reader, policy)
         size = policy.frame_size(len(indices), *reader.size, **_keys(item, FRAME_SIZE_KEYS))
-        return reader.get_frames_at(indices, *size)
+        return reader.get_frames_at(indices, *size), clip_metadata(item, reader, indices)
 
 
 def _resolve(source, policy: PixelPolicy):
@@ -269,15 +296,42 @@ def frame_indices(item: dict, reader: VideoReader, policy: PixelPolicy) -> list[
     Source: `calculate_video_frame_range` of qwen-vl-utils and what its readers do with it, with
     the times of the frames in place of their numbers; on a constant rate both are the same.
     """
+    seconds, inside = reader.seconds, _frames_inside(item, reader)
+    num_frames = policy.num_frames(len(inside), reader.fps, **_keys(item, NUM_FRAMES_KEYS))
+    times = np.linspace(seconds[inside[0]], seconds[inside[-1]], num_frames)
+    # Rounded twice, as numbers half way between two frames carry the noise of floating point.
+    return np.interp(times, seconds[inside], inside).round(4).round().astype(int).tolist()
+
+
+def _frames_inside(item: dict, reader: VideoReader) -> np.ndarray:
+    """Return the indices of the frames in the part of a clip that the item takes."""
     start, end = item.get("video_start", 0), item.get("video_end", math.inf)
     seconds = reader.seconds
     inside = np.flatnonzero((seconds >= start - 1e-6) & (seconds <= end + 1e-6))
     if len(inside) == 0:
         raise ValueError(f"no frame from {start} to {end} s: the clip ends at {seconds[-1]:.3f} s")
-    num_frames = policy.num_frames(len(inside), reader.fps, **_keys(item, NUM_FRAMES_KEYS))
-    times = np.linspace(seconds[inside[0]], seconds[inside[-1]], num_frames)
-    # Rounded twice, as numbers half way between two frames carry the noise of floating point.
-    return np.interp(times, seconds[inside], inside).round(4).round().astype(int).tolist()
+    return inside
+
+
+def clip_metadata(item: dict, reader: VideoReader, indices: list[int]) -> VideoMetadata:
+    """Return when the frames `indices` of a clip are shown, as frame numbers at a constant rate.
+
+    Times are numbers / fps, and the rate of the sampled frames is that of qwen-vl-utils. Where the
+    rate of the clip varies, a frame gets the number that belongs to its time, a fraction.
+    """
+    # Containers round times, at worst to milliseconds.
+    own_numbers = np.arange(len(reader.seconds))
+    is_constant = abs(reader.seconds - own_numbers / reader.fps) < 1e-3
+    numbers = np.where(is_constant, own_numbers, reader.seconds * reader.fps)
+    first, last = numbers[_frames_inside(item, reader)[[0, -1]]]
+    total = float(last - first + 1)
+    return VideoMetadata(total, reader.fps, frames_indices=numbers[indices].tolist())
+
+
+def list_metadata(item: dict, num_frames: int, policy: PixelPolicy) -> VideoMetadata:
+    """Return when the frames of a list are shown: `fps` of the item, or --video_fps, a second."""
+    fps = item.get("fps", policy.video_fps)
+    return VideoMetadata(num_frames, fps, frames_indices=list(range(num_frames)))
 
 
 def patchify(frames: torch.Tensor, policy: PixelPolicy) -> torch.Tensor:

@@ -1,0 +1,254 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL go through the same code, and what differs is right."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from conftest import (
+    assistant,
+    image,
+    make_image,
+    plain_model,
+    set_up,
+    text,
+    tiny_config,
+    user,
+    video,
+    write_data,
+)
+from families import build_family
+from qwen_vl_utils import vision_process as qwen
+from test_packing import gradients, stand_in_for_flash
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.video_utils import VideoMetadata
+
+import finetune
+import test_on_trained_model_by_us
+from util.config import UserError
+from util.data_util import media_of
+from util.generate_util import generate
+from util.model_util import InputBuilder, load_processor
+from util.plan_util import pack
+from util.sample_util import IGNORE
+from util.vision_util import load_frames
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+@pytest.fixture(scope="module")
+def family_data(tmp_path_factory) -> str:
+    """Text, pictures of several windows, clips: whole, at their own rates, parts, lists, two."""
+    folder = tmp_path_factory.mktemp("families")
+    clip = zoo.make_zoo_clip(folder, "h264.mp4")
+    small = [make_image(folder / f"{i}.png", 70 + 30 * i, 110 + 40 * i, i) for i in range(3)]
+    frames = [make_image(folder / f"f{i}.png", 64, 96, i) for i in range(5)]
+    what, answer = text("What is it?"), assistant("A red square that moves, then text.")
+    return write_data(
+        folder / "data.json",
+        [
+            [user("Who are you?"), answer],
+            [user(image(small[2]), what), answer],
+            [user(*(image(path) for path in small), what), answer, user("And?"), answer],
+            [{"role": "system", "content": "Be brief."}, user(video(clip), what), answer],
+            [user(text("Look:"), video(clip) | {"fps": 7, "video_start": 0.3}, what), answer],
+            [user(video(frames) | {"fps": 1}, image(small[0]), video(clip), what), answer],
+        ],
+    )
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def run(request, family_data, tiny_folder, tmp_path_factory):
+    """A run of each family, with its folder."""
+    folder = tiny_folder
+    if request.param != "qwen2_vl":
+        folder = build_family(request.param, tiny_folder, tmp_path_factory.mktemp(request.param))
+    run = set_up(tiny_config(train_data=[family_data]), folder)
+    run.folder, run.family = folder, request.param
+    return run
+
+
+def metadata_of(item) -> VideoMetadata:
+    """Return when the frames of a clip are shown, as qwen-vl-utils tells a processor."""
+    if isinstance(item["video"], list):
+        num_frames = len(item["video"]) + len(item["video"]) % 2
+        return VideoMetadata(num_frames, item["fps"], frames_indices=list(range(num_frames)))
+    return VideoMetadata(**qwen._read_video_decord(item)[1])
+
+
+def plain_inputs(run, messages, **kwargs) -> dict:
+    """Return what the family's own processor and template make of messages, resized alike."""
+    processor = AutoProcessor.from_pretrained(run.folder)
+    items = [item for _, item in media_of(messages)]
+    clips = [item for item in items if item["type"] == "video"]
+    pictures = [load_frames(i, run.encoder.policy)[0] for i in items if i["type"] == "image"]
+    as_read = {"do_resize": False, "do_sample_frames": False}
+    return processor(
+        text=[processor.apply_chat_template(messages, tokenize=False, **kwargs)],
+        images=pictures or None,
+        videos=[load_frames(item, run.encoder.policy) for item in clips] or None,
+        images_kwargs={"do_resize": False},
+        videos_kwargs=as_read | {"video_metadata": [metadata_of(item) for item in clips]},
+        return_tensors="pt",
+    )
+
+
+def test_samples_equal_what_the_processor_makes(run):
+    """Token ids, grids, pixels and positions; and the families do differ in their clips."""
+    model = plain_model(run.folder)
+    for record in run.records:
+        sample = run.encoder.encode(record)
+        expected = plain_inputs(run, run.encoder.prepare(record))
+        assert sample.input_ids.tolist() == expected["input_ids"][0].tolist()
+        assert run.encoder.measure(record)[0] == len(sample.input_ids)
+        parts = sample.patches.split([t * h * w for t, h, w in sample.grids])
+        for kind, pixels, grids in (
+            ("image", "pixel_values", "image_grid_thw"),
+            ("video", "pixel_values_videos", "video_grid_thw"),
+        ):
+            chosen = [i for i, media_type in enumerate(sample.media_types) if media_type == kind]
+            assert bool(chosen) == (pixels in expected)
+            if chosen:
+                assert [list(sample.grids[i]) for i in chosen] == expected[grids].tolist()
+                patches = run.build_inputs.normalize(torch.cat([parts[i] for i in chosen]))
+                torch.testing.assert_close(patches, expected[pixels], atol=1e-6, rtol=0)
+        position_ids, _ = model.model.get_rope_index(**expected)
+        assert torch.equal(position_ids[:, 0], sample.position_ids)
+
+    # The last sample has a list of frames one second apart, and a clip with 4 in 1.6 seconds.
+    shown = run.encoder.tokenizer.decode(sample.input_ids)
+    times = [t for t in shown.split("<") if t.endswith(" seconds>")]
+    steps = sample.position_ids[0][sample.input_ids == run.encoder.video_token_id].unique().diff()
+    if run.family == "qwen3_vl":
+        assert times == [f"{t} seconds>" for t in (0.5, 2.5, 4.5, 0.3, 1.3)]
+    else:
+        assert times == []
+        # Qwen2.5-VL, here, counts two positions a second.
+        assert steps[:2].tolist() == {"qwen2_vl": [1, 1], "qwen2_5_vl": [4, 4]}[run.family]
+
+
+def test_packed_equals_alone(run):
+    """Logits and gradients, against plain transformers that is given what the processor makes."""
+    model = plain_model(run.folder)
+    samples, alone_logits = [], []
+    for record in run.records:
+        sample = run.encoder.encode(record)
+        logits = model(**plain_inputs(run, run.encoder.prepare(record))).logits[0, :-1]
+        targets = sample.labels[1:]
+        F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE).backward()
+        alone_logits.append(logits[targets != IGNORE].detach())
+        samples.append(sample)
+
+    run.model.zero_grad()
+    micro_batch = pack(samples, run.encoder)
+    logits = run.model(**run.build_inputs(micro_batch)).logits[0]
+    F.cross_entropy(logits, micro_batch.targets, reduction="sum").backward()
+    torch.testing.assert_close(logits, torch.cat(alone_logits), atol=2e-5, rtol=2e-5)
+    difference = (gradients(run.model) - gradients(model)).norm() / gradients(model).norm()
+    assert difference < 1e-5
+
+
+def test_the_dummy_segment_reaches_every_parameter_and_changes_none(run):
+    run.model.zero_grad()
+    micro_batch = pack([], run.encoder)
+    assert micro_batch.input_ids.shape == (1, 1)
+    logits = run.model(**run.build_inputs(micro_batch)).logits[0]
+    F.cross_entropy(logits, micro_batch.targets, reduction="sum").backward()
+    assert all(p.grad is not None for p in run.model.parameters())
+    assert all(p.grad.count_nonzero() == 0 for p in run.model.parameters())
+
+
+def test_flash_attention_gets_the_ends_of_frames_and_windows(run, monkeypatch):
+    calls = stand_in_for_flash(monkeypatch)
+    model = plain_model(run.folder)
+    for config in (model.config, model.config.text_config, model.config.vision_config):
+        config._attn_implementation = "flash_attention_2"
+    build_inputs = InputBuilder(run.processor, "flash_attention_2", torch.device("cpu"))
+    micro_batch = pack([run.encoder.encode(record) for record in run.records], run.encoder)
+    with torch.no_grad():
+        logits = model(**build_inputs(micro_batch)).logits
+        expected = run.model(**run.build_inputs(micro_batch)).logits
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
+    num_blocks = len(model.model.visual.blocks)
+    num_ends = [len(ends) for _, ends, _ in calls[:num_blocks]]
+    # In Qwen2.5-VL, blocks 0 and 2 attend within windows.
+    assert (num_ends[0] > num_ends[1]) == (run.family == "qwen2_5_vl")
+
+
+def test_inputs_lie_where_a_gpu_needs_them(run):
+    """With tensors that only claim to be on a GPU: PyTorch checks devices all the same."""
+    micro_batch = pack([run.encoder.encode(run.records[0])], run.encoder)
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+        with torch.device("cuda"):
+            model = AutoModelForImageTextToText.from_config(
+                run.model.config, attn_implementation="packed_sdpa"
+            )
+        build_inputs = InputBuilder(run.processor, "packed_sdpa", torch.device("cuda"))
+        logits = model(**build_inputs(micro_batch)).logits
+    assert logits.device.type == "cuda" and logits.shape[1] == len(micro_batch.targets)
+
+
+def test_saved_processor_resizes_as_training_did(run, tmp_path):
+    load_processor(run.folder, run.config).save_pretrained(tmp_path)
+    processor, policy = AutoProcessor.from_pretrained(tmp_path), run.encoder.policy
+    for height, width in ((500, 900), (333, 207), (61, 64)):
+        picture = torch.zeros((3, height, width), dtype=torch.uint8)
+        grid = processor.image_processor([picture], return_tensors="pt")["image_grid_thw"][0]
+        assert tuple(grid.tolist()) == policy.grid(1, *policy.image_size(height, width))
+        # Smaller frames than the smallest: see load_processor.
+        for num_frames in (2, 40, 400) if height * width > policy.video_min_pixels else ():
+            clip = torch.zeros((num_frames, 3, height, width), dtype=torch.uint8)
+            made = processor.video_processor([clip], do_sample_frames=False, return_tensors="pt")
+            size = policy.frame_size(num_frames, height, width)
+            assert tuple(made["video_grid_thw"][0].tolist()) == policy.grid(num_frames, *size)
+
+
+def test_answers_are_those_of_plain_transformers(run):
+    """With the same frames: text, pictures and clips in one batch, against each by itself."""
+    conversations = [run.encoder.prepare(record)[:-1] for record in run.records]
+    samples = [run.encoder.encode_prompt(messages) for messages in conversations]
+    model = plain_model(run.folder)
+    got = generate(model, run.encoder, run.build_inputs, samples, 12)
+    for answer, messages in zip(got, conversations):
+        inputs = plain_inputs(run, messages, add_generation_prompt=True)
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=12)
+        new_tokens = output[:, inputs["input_ids"].shape[1] :]
+        assert run.processor.batch_decode(new_tokens, skip_special_tokens=True) == [answer]
+
+
+def test_a_run_from_the_flags_to_the_answers(run, family_data, tmp_path, monkeypatch, capsys):
+    output_dir = tmp_path / "out"
+    argv = f"--model_name_or_path {run.folder} --train_data {family_data} --batch_size 6".split()
+    argv += f"--max_pixels 50176 --video_max_pixels 25088 --output_dir {output_dir}".split()
+    argv += "--device cpu --learning_rate 3e-3 --num_epochs 8".split()
+    argv += "--max_tokens 600 --num_workers 0".split()
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *argv])
+    finetune.main()
+    losses = [
+        json.loads(line)["loss"] for line in (output_dir / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert len(losses) == 8 and losses[-1] < 0.5 * losses[0]
+
+    model = AutoModelForImageTextToText.from_pretrained(output_dir)
+    assert model.dtype == torch.bfloat16 and model.config.model_type == run.family
+    prompts = Path(family_data)
+    argv = ["--model_dir", output_dir, "--prompts", prompts, "--max_new_tokens", "8"]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in ("test.py", *argv)])
+    test_on_trained_model_by_us.main()
+    assert capsys.readouterr().out.count("\nanswer: ") == 6
+
+
+def test_other_models_are_refused(tmp_path):
+    sliding = {"use_sliding_window": True, "max_window_layers": 1, "num_hidden_layers": 2}
+    config = {"model_type": "qwen2_5_vl", "text_config": sliding}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="asks for sliding attention: not supported"):
+        load_processor(str(tmp_path), tiny_config())
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    with pytest.raises(UserError, match="is of type llava; use one of qwen2_vl"):
+        load_processor(str(tmp_path), tiny_config())

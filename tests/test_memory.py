@@ -1,0 +1,250 @@
+"""What saves memory: each saver against plain training."""
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CPU, set_up, tiny_config, write_data
+from test_one_rule import train_packed
+from transformers import AutoModelForImageTextToText
+
+import util.memory_util
+from finetune import main
+from util.memory_util import cross_entropy_sum, part_of
+from util.merge_adapter import merge_adapter
+from util.model_util import load_model, load_model_to_answer
+from util.optim_util import build_optimizer
+
+
+def one_micro_batch(run):
+    samples = [run.data.samples[i] for i in run.plan.step(0).samples]
+    return run.data.samples.collate(samples)
+
+
+def backward(run):
+    """Run one micro-batch forward and backward; return the loss."""
+    micro_batch = one_micro_batch(run)
+    logits = run.model(**run.build_inputs(micro_batch)).logits
+    loss = cross_entropy_sum(logits, micro_batch.targets)
+    loss.backward()
+    return loss.item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [0, 1, 7, 12])
+def test_the_chunked_loss_is_cross_entropy(monkeypatch, dtype, num_rows):
+    monkeypatch.setattr(util.memory_util, "CHUNK_ELEMENTS", 5 * 100)  # 5 rows a chunk
+    torch.manual_seed(0)
+    values = (4 * torch.randn(1, num_rows, 100)).to(dtype)
+    targets = torch.randint(0, 100, (num_rows,))
+    theirs = values.clone().requires_grad_()
+    loss = F.cross_entropy(theirs[0].float(), targets, reduction="sum")
+    (loss / 3).backward()
+    ours = values.clone().requires_grad_()
+    # As a model's output is: overwritten, so not a leaf.
+    loss_in_chunks = cross_entropy_sum(ours * 1, targets)
+    (loss_in_chunks / 3).backward()
+    assert loss_in_chunks.dtype == torch.float32
+    assert loss_in_chunks.item() == pytest.approx(loss.item(), rel=1e-6)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def plain_run(mixed_data, tiny_folder, tmp_path_factory):
+    return train_packed(mixed_data, tiny_folder, tmp_path_factory.mktemp("plain"), num_workers=0)
+
+
+@pytest.mark.parametrize("layers", ["llm", "vision", "all"])
+def test_gradient_checkpointing_changes_nothing(
+    mixed_data, tiny_folder, tmp_path, plain_run, layers
+):
+    flags = {"gradient_checkpointing": layers, "num_workers": 0}
+    metrics, final = train_packed(mixed_data, tiny_folder, tmp_path, **flags)
+    plain_metrics, plain_final = plain_run
+    for mine, theirs in zip(metrics, plain_metrics, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    assert (final - plain_final).norm() <= 1e-5 * plain_final.norm()
+
+
+def saved_bytes(run, module=None) -> int:
+    """Return the bytes that autograd keeps of `module`'s forward pass, parameters left out."""
+    parameters = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
+    storages, within = {}, []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if within and storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = (tensor, storage.nbytes())
+        return tensor
+
+    module = module or run.model
+    module.register_forward_pre_hook(lambda *_: within.append(True))
+    module.register_forward_hook(lambda *_: within.clear())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run.model.train()(**run.build_inputs(one_micro_batch(run)))
+    return sum(num_bytes for _, num_bytes in storages.values())
+
+
+def test_checkpointed_layers_keep_less(mixed_data, tiny_folder):
+    kept = {}
+    for layers in ("none", "llm", "vision", "all"):
+        config = tiny_config(train_data=[mixed_data], gradient_checkpointing=layers)
+        kept[layers] = saved_bytes(set_up(config, tiny_folder))
+    assert kept["all"] < min(kept["llm"], kept["vision"]) < kept["none"] / 1.3
+    assert kept["all"] < kept["none"] / 4
+
+
+@pytest.mark.parametrize("parts", [["llm"], ["vision"], ["merger"], ["llm", "merger"]])
+def test_frozen_parts_do_not_move_by_one_bit(mixed_data, tiny_folder, parts):
+    run = set_up(tiny_config(train_data=[mixed_data], train=parts), tiny_folder)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    optimizer = build_optimizer(run.model, run.config)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    backward(run)
+    optimizer.step()
+    for name, parameter in run.model.named_parameters():
+        moved = not torch.equal(parameter, before[name])
+        assert moved == (part_of(name) in parts), name
+
+
+def test_a_frozen_vision_tower_keeps_no_graph(mixed_data, tiny_folder):
+    runs = {
+        part: set_up(tiny_config(train_data=[mixed_data], train=[part]), tiny_folder)
+        for part in ("all", "llm")
+    }
+    kept = {part: saved_bytes(run, run.model.model.visual) for part, run in runs.items()}
+    assert kept["llm"] == 0
+    assert kept["all"] > 2**20
+
+
+def test_the_vision_learning_rate_is_that_of_tower_and_merger(mixed_data, tiny_folder):
+    flags = {"learning_rate": 1e-3, "vision_learning_rate": 1e-4, "weight_decay": 0.0}
+    run = set_up(tiny_config(train_data=[mixed_data], **flags), tiny_folder)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    optimizer = build_optimizer(run.model, run.config)
+    util.optim_util.set_learning_rate(optimizer, 1e-3)
+    backward(run)
+    optimizer.step()
+    for name, parameter in run.model.named_parameters():
+        # AdamW's first step is as long as the learning rate, whatever the gradient.
+        longest = (parameter - before[name]).abs().max().item()
+        assert longest == pytest.approx(1e-3 if part_of(name) == "llm" else 1e-4, rel=0.02), name
+
+
+def test_frozen_bf16_weights_give_the_logits_of_frozen_fp32_ones(mixed_data, tiny_folder, tmp_path):
+    config = tiny_config(train_data=[mixed_data], train=["merger"], precision="bf16")
+    run = set_up(config, tiny_folder)
+    dtypes = {name: p.dtype for name, p in run.model.named_parameters()}
+    assert dtypes["model.visual.merger.mlp.0.weight"] == torch.float32
+    assert dtypes["model.language_model.layers.0.mlp.up_proj.weight"] == torch.bfloat16
+    micro_batch = one_micro_batch(run)
+    with torch.autocast("cpu", torch.bfloat16):
+        halved = run.model(**run.build_inputs(micro_batch)).logits
+        run.model.float()
+        whole = run.model(**run.build_inputs(micro_batch)).logits
+    assert torch.equal(halved, whole)
+
+
+def run_finetune(monkeypatch, *flags):
+    monkeypatch.setattr("sys.argv", ["finetune.py", *map(str, flags)])
+    main()
+
+
+def test_lora_trains_an_adapter_that_loads_and_merges(
+    mixed_data, tiny_folder, tmp_path, monkeypatch
+):
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    flags = ("--model_name_or_path", "tiny", "--device", "cpu", "--train_data", mixed_data)
+    flags = (*flags, "--lora_rank", 4, "--num_workers", 0, "--learning_rate", 1e-2)
+    run_finetune(monkeypatch, *flags, "--output_dir", out, "--max_steps", 4, "--save_steps", 2)
+    losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").open()]
+    assert losses[-1] < losses[0]
+    assert sum(file.stat().st_size for file in out.glob("*.safetensors")) < 2**20
+    assert "q_proj" in json.loads((out / "adapter_config.json").read_text())["target_modules"]
+
+    answering = load_model_to_answer(str(out), "sdpa", CPU, torch.float32)
+    merge_adapter(str(out), str(merged))
+    full = load_model_to_answer(str(merged), "sdpa", CPU, torch.float32)
+    as_anyone_would = AutoModelForImageTextToText.from_pretrained(
+        out, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    base = load_model_to_answer(tiny_folder, "sdpa", CPU, torch.float32)
+    run = set_up(tiny_config(train_data=[mixed_data]), tiny_folder)
+    inputs = run.build_inputs(run.data.samples.collate([run.data.samples[1]]))
+    with torch.no_grad():
+        logits = {
+            name: model(**inputs).logits
+            for name, model in (
+                *(("adapter", answering), ("merged", full)),
+                *(("auto", as_anyone_would), ("base", base)),
+            )
+        }
+    assert (logits["adapter"] - logits["merged"]).abs().max() < 1e-4
+    assert (logits["adapter"] - logits["auto"]).abs().max() < 1e-4
+    assert (logits["adapter"] - logits["base"]).abs().max() > 1e-2
+
+    # Resumed at step 2, the run ends with the same adapter, bit for bit.
+    first = (out / "adapter_model.safetensors").read_bytes()
+    checkpoint = out / "checkpoint-2"
+    assert (checkpoint / "adapter_config.json").is_file()
+    run_finetune(
+        monkeypatch, *flags, "--output_dir", out, "--max_steps", 4, "--resume_from", checkpoint
+    )
+    assert (out / "adapter_model.safetensors").read_bytes() == first
+
+
+def test_lora_adapts_the_parts_that_train_names(mixed_data, tiny_folder):
+    config = tiny_config(train_data=[mixed_data], lora_rank=2, train=["vision"])
+    model = load_model(tiny_folder, "packed_sdpa", CPU, config)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all(".lora_" in name and part_of(name) == "vision" for name in trained)
+
+
+def test_an_adapter_is_not_trained_on(tmp_path, mixed_data):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="merge_adapter"):
+        load_model(str(tmp_path), "packed_sdpa", CPU, tiny_config(train_data=[mixed_data]))
+
+
+@pytest.fixture(scope="module")
+def split_data(mixed_data, tmp_path_factory):
+    """mixed_data in two: 20 samples to train on, 5 held out."""
+    records = json.loads(Path(mixed_data).read_text(encoding="utf-8"))
+    folder = tmp_path_factory.mktemp("split")
+    conversations = [record["messages"] for record in records]
+    return (
+        write_data(folder / "train.json", conversations[:20]),
+        write_data(folder / "held_out.json", conversations[20:]),
+    )
+
+
+@pytest.fixture(scope="module")
+def held_out_loss(split_data, tmp_path_factory):
+    """Return a function: a precision -> the held-out loss after 200 steps."""
+
+    @functools.cache
+    def loss(precision: str) -> float:
+        out = tmp_path_factory.mktemp(precision) / "out"
+        flags = ("--model_name_or_path", "tiny", "--device", "cpu", "--max_steps", 200)
+        flags = (*flags, "--train_data", split_data[0], "--eval_data", split_data[1])
+        flags = (*flags, "--learning_rate", 3e-4, "--num_epochs", 100, "--eval_steps", 200)
+        flags = (*flags, "--batch_size", 8, "--precision", precision, "--output_dir", out)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            run_finetune(monkeypatch, *flags, "--num_workers", 0)
+        last = (out / "metrics.jsonl").read_text().splitlines()[-1]
+        return json.loads(last)["eval_loss"]
+
+    return loss
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("precision", ["bf16", "bf16_lean"])
+def test_200_steps_end_near_those_of_fp32(held_out_loss, precision):
+    assert held_out_loss(precision) == pytest.approx(held_out_loss("fp32"), rel=0.01)

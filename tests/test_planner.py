@@ -1,0 +1,181 @@
+"""The planner against the truth: what the allocator is asked for in a real step."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from conftest import CPU, encoder_for, set_up, tiny_config
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import check_data
+import finetune
+import util.planner
+from util.config import UserError, run_main
+from util.flops_util import FlopCounter
+from util.memory_util import choose_autocast, cross_entropy_sum
+from util.model_util import load_model
+from util.optim_util import build_optimizer
+from util.plan_util import Plan
+from util.planner import GIB, plan_memory
+from util.tiny_model import build_config
+
+
+def allocator_peak(function) -> int:
+    """Return how many bytes stand at most above those before, and leave them to the caller."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.fixture(scope="module")
+def larger_tiny(tiny_folder, tmp_path_factory) -> str:
+    """A folder with a model of 26 M parameters and tiny's tokenizer."""
+    folder = tmp_path_factory.mktemp("larger")
+    config = build_config(encoder_for(tiny_folder).tokenizer)
+    config.text_config.hidden_size = config.vision_config.hidden_size = 512
+    config.text_config.num_attention_heads, config.text_config.num_key_value_heads = 8, 4
+    config.text_config.intermediate_size = 1408
+    config.text_config.num_hidden_layers = 6
+    config.text_config.layer_types = ["full_attention"] * 6
+    transformers.Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
+    transformers.AutoProcessor.from_pretrained(tiny_folder).save_pretrained(folder)
+    return str(folder)
+
+
+def real_step(run, samples, num_micro_batches):
+    """Return the peak of an optimizer step, with the states of an earlier one standing."""
+    optimizer = build_optimizer(run.model, run.config)
+    parameters = [p for p in run.model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    run.model.train()
+
+    def step():
+        for _ in range(num_micro_batches):
+            micro_batch = run.data.samples.collate([run.data.samples[i] for i in samples])
+            with choose_autocast(CPU, run.config.precision):
+                logits = run.model(**run.build_inputs(micro_batch)).logits
+            loss_sum = cross_entropy_sum(logits, micro_batch.targets)
+            loss_sum.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    states = [v for state in optimizer.state.values() for v in state.values()]
+    standing = {t.untyped_storage().data_ptr(): t for t in (*run.model.parameters(), *states)}
+    num_bytes = sum(t.untyped_storage().nbytes() for t in standing.values())
+    return num_bytes + allocator_peak(step)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"gradient_checkpointing": "all", "max_tokens": 700},
+        {"precision": "bf16", "gradient_checkpointing": "llm"},
+        {"train": ["llm"], "precision": "bf16"},
+        {"lora_rank": 8, "gradient_checkpointing": "vision"},
+    ],
+)
+def test_the_planned_peak_is_the_real_one(flags, mixed_data, larger_tiny):
+    folder = larger_tiny
+    config = tiny_config(train_data=[mixed_data], **({"batch_size": 8, "max_tokens": 2000} | flags))
+    run = set_up(config, folder)
+    model_config = transformers.AutoConfig.from_pretrained(folder)
+    planned = plan_memory(model_config, run.processor, config, run.data, shard_size=1)
+    samples, is_accumulated = util.planner.largest_micro_batch(run.data, model_config, config)
+    assert is_accumulated == (config.max_tokens == 700)
+    peak = real_step(run, samples, 1 + is_accumulated)
+    assert planned["peak_gib"] * GIB == pytest.approx(peak, rel=0.05)
+
+
+def test_flops_are_those_that_pytorch_counts(mixed_data, tiny_folder):
+    # One image, and the formula's whole square of attention: eager computes it.
+    config = tiny_config(train_data=[mixed_data])
+    run = set_up(config, tiny_folder)
+    i = int(run.index.num_image_tokens.argmax())
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        tiny_folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    sample = run.data.samples[i]
+    inputs = {
+        "input_ids": sample.input_ids[None],
+        "pixel_values": run.build_inputs.normalize(sample.patches),
+        "image_grid_thw": torch.tensor(sample.grids),
+        "mm_token_type_ids": run.encoder.token_types(sample.input_ids)[None],
+        "logits_to_keep": torch.nonzero(sample.labels != -100)[:, 0],
+    }
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs, use_cache=False).logits.sum().backward()
+    counted = FlopCounter(model, run.index, config)([i])
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_frozen_parts_cost_less(mixed_data, tiny_folder):
+    run = set_up(tiny_config(train_data=[mixed_data]), tiny_folder)
+    flops = {
+        parts: FlopCounter(run.model, run.index, tiny_config(train=[parts]))(range(25))
+        for parts in ("all", "llm", "merger")
+    }
+    assert flops["merger"] < flops["llm"] < flops["all"]
+
+
+def test_the_largest_micro_batch_is_planned(mixed_data, tiny_folder):
+    config = tiny_config(train_data=[mixed_data], batch_size=4, max_tokens=700)
+    run = set_up(config, tiny_folder)
+    model_config = transformers.AutoConfig.from_pretrained(tiny_folder)
+    largest, _ = util.planner.largest_micro_batch(run.data, model_config, config)
+    plan = Plan(run.index, 4, run.plan.capacity, 0, 1)
+    every = [m for step in plan.steps(0, plan.num_steps_per_epoch) for m in step.micro_batches[0]]
+    assert largest in every
+
+
+def run_check(monkeypatch, capsys, *flags) -> dict:
+    monkeypatch.setattr("sys.argv", ["check_data.py", *map(str, flags)])
+    check_data.main()
+    printed = capsys.readouterr().out
+    return printed, json.loads(printed.splitlines()[-1])
+
+
+def test_the_planner_prints_json_and_flags_that_fit(mixed_data, monkeypatch, capsys):
+    flags = ("--train_data", mixed_data, "--model_name_or_path", "tiny", "--batch_size", 12)
+    printed, plan = run_check(monkeypatch, capsys, *flags, "--plan", 24)
+    names = ("weights", "gradients", "optimizer", "activations", "logits", "peak")
+    assert set(plan) == {*(f"{name}_gib" for name in names), "fits"}
+    assert plan["fits"]
+    assert "compute:" in printed
+    printed, plan = run_check(monkeypatch, capsys, *flags, "--plan", 0.9 * plan["peak_gib"])
+    assert not plan["fits"]
+    assert "with --gradient_checkpointing all: 0." in printed
+
+
+def test_what_cannot_fit_is_told_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        util.planner.psutil, "virtual_memory", lambda: type("", (), {"available": 30 * 2**20})
+    )
+    monkeypatch.setattr(finetune, "load_model", None)
+    flags = ("--model_name_or_path", "tiny", "--device", "cpu", "--output_dir", tmp_path / "out")
+    monkeypatch.setattr("sys.argv", ["finetune.py", *map(str, flags)])
+    with pytest.raises(UserError, match=r"(?s)0.1 GiB.*--lora_rank 64"):
+        finetune.main()
+
+
+def test_out_of_memory_says_what_to_do():
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with pytest.raises(SystemExit, match=r"(?s)--gradient_checkpointing all.*--plan.*2.00 GiB"):
+        run_main(main)
+
+
+def test_tiny_has_room(tiny_folder):
+    util.planner.check_fits(tiny_folder, tiny_config(), CPU, shard_size=1)
+    assert load_model(tiny_folder, "packed_sdpa", CPU, tiny_config()) is not None

@@ -1,0 +1,191 @@
+"""What is trained, and in how little memory: parts, LoRA, checkpointing, dtypes, chunked loss."""
+
+import hashlib
+import math
+import re
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from util.config import Config
+from util.tiny_model import cached_tiny_model
+
+# Elements of the logits that the loss takes to fp32 at a time: 64 MiB.
+CHUNK_ELEMENTS = 2**24
+
+
+def part_of(name: str) -> str:
+    """Return which of --train's parts a parameter belongs to: llm, vision or merger."""
+    if not name.startswith("model.visual."):
+        return "llm"
+    # Qwen3-VL's deepstack_merger_list merges too.
+    return "merger" if "merger" in name else "vision"
+
+
+def prepare_for_training(model, config: Config, device: torch.device | None = None) -> None:
+    """Freeze what --train leaves out, add LoRA, set each parameter's dtype, checkpoint layers.
+
+    Parameters go to `device`, if given. LoRA's are to be filled by `init_lora`.
+    """
+    parts = {"llm", "merger", "vision"} if "all" in config.train else set(config.train)
+    if config.lora_rank:
+        add_lora(model, parts, config)
+    else:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(part_of(name) in parts)
+    set_dtypes(model, config.precision, device)
+    # A convolution whose stride is its kernel is a matrix product; as one, it is seven times faster
+    # on a CPU at the real width.
+    model.model.visual.patch_embed.proj.__class__ = _PatchProjection
+    for part, module in (("llm", model.model.language_model), ("vision", model.model.visual)):
+        if config.gradient_checkpointing in (part, "all"):
+            checkpoint_layers(module)
+
+
+def add_lora(model, parts: set[str], config: Config) -> None:
+    """Put low-rank adapters on every linear layer of `parts`; all else is frozen.
+
+    Scaled by 2 / rank: https://arxiv.org/abs/2106.09685, with the usual alpha of twice the rank.
+    """
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and part_of(name) in parts and name != "lm_head"
+    ]
+    # Where Auto classes find the base; "tiny" is a name of this repo's own.
+    base = cached_tiny_model() if config.is_tiny else config.model_name_or_path
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=2 * config.lora_rank,
+        # One pattern instead of hundreds of names, anchored: PEFT matches lists by their ends.
+        target_modules="|".join(re.escape(name) for name in targets),
+        base_model_name_or_path=base,
+        # Initialized by init_lora, the same on any number of ranks.
+        init_lora_weights=False,
+    )
+    inject_adapter_in_model(lora, model)
+    model.peft_config = {"default": lora}
+
+
+@torch.no_grad()
+def init_lora(model, seed: int) -> None:
+    """Fill LoRA's A with its usual uniform values and B with zeros.
+
+    Each tensor has a generator of its own, so the values do not depend on the number of ranks.
+    """
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            parameter.zero_()
+        elif ".lora_A." in name:
+            key = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7])
+            bound = 1 / math.sqrt(parameter.shape[1])
+            values = torch.empty(parameter.shape).uniform_(
+                -bound, bound, generator=torch.Generator().manual_seed(key)
+            )
+            if isinstance(parameter, DTensor):
+                parameter.to_local().copy_(local_rows(values, parameter))
+            else:
+                parameter.copy_(values)
+
+
+def local_rows(source, parameter: DTensor):
+    """Return this rank's rows of a tensor or file slice; fully_shard deals rows as torch.chunk."""
+    mesh, num_rows = parameter.device_mesh["shard"], parameter.to_local().shape[0]
+    first = -(-parameter.shape[0] // mesh.size()) * mesh.get_local_rank()
+    return source[first : first + num_rows]
+
+
+def set_dtypes(model, precision: str, device: torch.device | None = None) -> None:
+    """Give each parameter the dtype that `precision` means, on `device`, if given.
+
+    bf16: what is trained is fp32. Frozen weights of linear layers are bf16: autocast would round
+    them so at every use, and nothing is ever added to them.
+    """
+    linear_weights = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear)
+        for parameter in (module.weight, module.bias)
+    } - {id(model.get_input_embeddings().weight)}  # tied to lm_head: autocast would not round it
+    for parameter in model.parameters():
+        is_halved = precision == "bf16_lean" or (
+            precision == "bf16" and id(parameter) in linear_weights and not parameter.requires_grad
+        )
+        dtype = torch.bfloat16 if is_halved else torch.float32
+        parameter.data = parameter.data.to(device or parameter.device, dtype)
+
+
+def choose_autocast(device: torch.device, precision: str):
+    """Return the context of a forward pass: bf16 takes matrix products of fp32 weights in bf16.
+
+    Without autocast's cache, which would keep a bf16 copy of all weights; each is used once.
+    """
+    if precision != "bf16":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+
+def checkpoint_layers(module) -> None:
+    """Let the layers of `module` keep only their inputs, and compute the rest again in backward."""
+    # There is no dropout, so no random state has to be kept for the second time.
+    run_twice = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    for layer in module.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = run_twice
+
+
+class _PatchProjection(torch.nn.Conv3d):
+    """The Conv3d of the patch embedding, on patches (num_patches, channel, frame, row, column)."""
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """F.cross_entropy(logits.float(), targets, reduction="sum"), in fp32 a chunk at a time.
+
+    The gradient is written over the logits, which nothing else needs by then.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        loss = torch.zeros((), dtype=torch.float32, device=logits.device)
+        log_normalizers = []
+        for chunk, chunk_targets in _chunks(logits, targets):
+            chunk = chunk.float()
+            log_normalizer = chunk.logsumexp(dim=1)
+            loss += (log_normalizer - chunk.gather(1, chunk_targets[:, None])[:, 0]).sum()
+            log_normalizers.append(log_normalizer)
+        ctx.save_for_backward(logits, targets, torch.cat(log_normalizers))
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        logits, targets, log_normalizers = ctx.saved_tensors
+        for chunk, chunk_targets, log_normalizer in _chunks(logits, targets, log_normalizers):
+            gradient = chunk.float().sub_(log_normalizer[:, None]).exp_()
+            ones = torch.ones_like(gradient[:, :1])
+            gradient.scatter_add_(1, chunk_targets[:, None], -ones)
+            chunk.copy_(gradient.mul_(grad_loss))
+        return logits, None
+
+
+def _chunks(logits, *others):
+    rows = max(1, CHUNK_ELEMENTS // logits.shape[1])
+    return zip(*(tensor.split(rows) for tensor in (logits, *others)))
+
+
+def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the summed cross-entropy, fp32, of logits (1, K, vocab) and targets (K,).
+
+    No fp32 copy of all logits exists at any time. They are overwritten in the backward pass.
+    """
+    return _CrossEntropySum.apply(logits.flatten(0, 1), targets)

@@ -1,0 +1,39 @@
+"""Make a full model of a LoRA adapter and its base model.
+
+    python -m util.merge_adapter train_output/20260101_120000 MERGED
+
+The base is the one that the adapter names; the result has the dtype of its files.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from peft import PeftModel
+
+from util.config import UserError, run_main
+from util.model_util import ADAPTER_FILE, base_folder, export_model
+
+
+def merge_adapter(adapter: str, output_dir: str) -> None:
+    """Write the model folder `output_dir`. Raises UserError where `adapter` is none."""
+    if not (Path(adapter) / ADAPTER_FILE).is_file():
+        raise UserError(f"{adapter}: is not a LoRA adapter: it has no {ADAPTER_FILE}")
+    base = base_folder(adapter)
+    dtype = transformers.AutoConfig.from_pretrained(base).dtype
+    # Added up in fp32, rounded once.
+    model = transformers.AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    processor = transformers.AutoProcessor.from_pretrained(adapter)
+    export_model(merged, processor, output_dir, dtype)
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        raise UserError("usage: python -m util.merge_adapter ADAPTER OUTPUT")
+    merge_adapter(*sys.argv[1:])
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,258 @@
+"""What a run needs: memory by kind, operations, and the flags that would make it fit.
+
+Nothing here needs weights or a GPU: a step runs on tensors that have shapes and no memory.
+"""
+
+import dataclasses
+import weakref
+
+import psutil
+import torch
+import transformers
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from util.config import Config, UserError
+from util.memory_util import choose_autocast, cross_entropy_sum, prepare_for_training
+from util.model_util import InputBuilder, register_attention
+from util.plan_util import PlannedData
+
+# Flags to try where memory is short, in this order: those that leave the mathematics alone first.
+SAVERS = (
+    {"gradient_checkpointing": "all"},
+    {"gradient_checkpointing": "all", "precision": "bf16_lean"},
+    {"gradient_checkpointing": "all", "train": ["llm"]},
+    {"gradient_checkpointing": "all", "train": ["llm"], "precision": "bf16_lean"},
+    {"gradient_checkpointing": "all", "lora_rank": 64},
+    {"gradient_checkpointing": "all", "lora_rank": 64, "precision": "bf16_lean"},
+)
+GIB = 2**30
+
+
+@dataclasses.dataclass
+class StateBytes:
+    """Bytes that stand on the device from the first step to the last."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+def count_states(model_config, config: Config) -> StateBytes:
+    """Return what weights, gradients and AdamW's moments take, over all GPUs together."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(model_config)
+    prepare_for_training(model, config)
+    return _states_of(model, config)
+
+
+def _states_of(model, config: Config) -> StateBytes:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = sum(p.numel() * p.itemsize for p in model.parameters())
+    gradients = sum(p.numel() * p.itemsize for p in trained)
+    return StateBytes(weights, gradients, sum(_moment_bytes(p, config) for p in trained))
+
+
+def _moment_bytes(parameter, config: Config) -> int:
+    """Return the bytes of two moments; torchao leaves some tensors as they are."""
+    count = parameter.numel()
+    if config.precision == "bf16_lean" and count >= 4096 and count % 256 == 0:
+        return 2 * (count + count // 256 * 4)
+    return 2 * count * parameter.itemsize
+
+
+def check_fits(folder: str, config: Config, device: torch.device, shard_size: int) -> None:
+    """Raise UserError where weights, gradients and moments alone exceed the device's free memory.
+
+    Called before the model in `folder` is loaded. It names the flags with which they would not.
+    """
+    model_config = transformers.AutoConfig.from_pretrained(folder)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    needed = count_states(model_config, config).total / shard_size
+    if needed <= free:
+        return
+    fitting = [
+        f"  {flags_text(changes)}: {total / GIB:.1f} GiB"
+        for changes in _savers(config)
+        if (total := count_states(model_config, changed(config, changes)).total / shard_size) < free
+    ]
+    raise UserError(
+        f"weights, gradients and optimizer state take {needed / GIB:.1f} GiB, and {device} has "
+        f"{free / GIB:.1f} GiB free. "
+        + ("These flags fit:\n" + "\n".join(fitting) if fitting else "No flags make it fit: take "
+           "a smaller model, or more GPUs (finetune_distributed.sh)")
+        + "\nWith activations: python check_data.py, the same flags, and --plan GIB"
+    )  # fmt: skip
+
+
+def changed(config: Config, changes: dict) -> Config:
+    """Return `config` with `changes`."""
+    return dataclasses.replace(config, **changes)
+
+
+def _savers(config: Config) -> list[dict]:
+    """Return the entries of SAVERS that change something."""
+    return [c for c in SAVERS if changed(config, c) != config]
+
+
+def flags_text(changes: dict) -> str:
+    """Return changes as flags on a command line."""
+    return " ".join(
+        f"--{name} {' '.join(value) if isinstance(value, list) else value}"
+        for name, value in changes.items()
+    )
+
+
+# ---------------------------------------------------------------- one step, without memory
+
+
+class _RealWithoutFake(TorchDispatchMode):
+    """Runs operations that no fake tensor takes part in on real memory.
+
+    The model reads lengths and grids on the CPU, and a fake tensor has no values to read.
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
+            return function(*args, **kwargs)
+        with unset_fake_temporarily():
+            return function(*args, **kwargs)
+
+
+class _MemoryTracker(TorchDispatchMode):
+    """Follows the bytes of all fake storages that operations make, and their peak.
+
+    Views of `standing` tensors make nothing new.
+    """
+
+    def __init__(self, standing):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in standing)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, FakeTensor):
+                self._follow(leaf.untyped_storage())
+        return result
+
+    def _follow(self, storage) -> None:
+        if storage not in self._known:
+            self._known.add(storage)
+            self._change(storage.nbytes())
+            weakref.finalize(storage, self._change, -storage.nbytes())
+
+    def _change(self, num_bytes: int) -> None:
+        self.now += num_bytes
+        self.peak = max(self.peak, self.now)
+
+
+def plan_memory(
+    model_config, processor, config: Config, data: PlannedData, shard_size: int
+) -> dict:
+    """Return GiB by kind, and the peak, of the step with the largest micro-batch of `data`.
+
+    With `shard_size` GPUs sharing the states: of one of them, estimated (fully_shard gathers a
+    block at a time).
+    """
+    cpu = torch.device("cpu")
+    samples, is_accumulated = largest_micro_batch(data, model_config, config)
+    micro_batch = data.samples.collate([data.samples[i] for i in samples])
+    register_attention("packed_sdpa")
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(
+            model_config, dtype=torch.float32, attn_implementation="packed_sdpa"
+        ).train()
+    prepare_for_training(model, config)
+    with mode:
+        model.to_empty(device=cpu)
+    model.tie_weights()  # to_empty gives each name a tensor of its own
+    inputs = InputBuilder(processor, "packed_sdpa", cpu)(micro_batch)
+    inputs["pixel_values"] = mode.from_tensor(inputs["pixel_values"])
+    tracker = _MemoryTracker([*model.parameters(), *model.buffers()])
+    with mode, tracker, _RealWithoutFake():
+        for _ in range(1 + is_accumulated):  # from the second one on, gradients stand already
+            with choose_autocast(cpu, config.precision):
+                logits = model(**inputs).logits
+            logits_bytes = logits.numel() * logits.itemsize
+            cross_entropy_sum(logits, micro_batch.targets).backward()
+            del logits
+    states = _states_of(model, config)
+    # What backward leaves are the gradients, which grow while activations fall.
+    standing = states.weights + (states.gradients if is_accumulated else 0)
+    activations = tracker.peak - (standing - states.weights)
+    gathered = _gathered_bytes(model, config) if shard_size > 1 else 0
+    highest = max((standing + states.optimizer) / shard_size + activations + gathered,
+                  states.total / shard_size)  # fmt: skip
+    kinds = {
+        "weights": states.weights / shard_size,
+        "gradients": states.gradients / shard_size,
+        "optimizer": states.optimizer / shard_size,
+        "activations": activations - logits_bytes + gathered,
+        "logits": logits_bytes,
+        "peak": highest,
+    }
+    result = {f"{kind}_gib": round(size / GIB, 3) for kind, size in kinds.items()}
+    return result | {"num_tokens": micro_batch.input_ids.shape[1], "num_samples": len(samples)}
+
+
+def _gathered_bytes(model, config: Config) -> int:
+    """Return what is whole on every GPU at a time: the root's weights, and two blocks.
+
+    One is computed with while the next one is gathered, and one has its gradient, in fp32 for the
+    reduction.
+    """
+    itemsize = 4 if config.precision == "fp32" else 2
+    blocks = [*model.model.visual.blocks, *model.model.language_model.layers]
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    root = sum(p.numel() for p in model.parameters()) - sum(sizes)
+    largest = max(sizes)
+    trained = 4 if any(p.requires_grad for block in blocks for p in block.parameters()) else 0
+    return root * (2 if config.precision == "bf16_lean" else 4) + largest * (2 * itemsize + trained)
+
+
+def largest_micro_batch(data: PlannedData, model_config, config: Config, most_steps: int = 5000):
+    """Return the samples of the micro-batch that needs most, and whether steps have several.
+
+    Looked for in the first epoch, by what a text token, a patch and a supervised token keep.
+    """
+    text, vision = model_config.text_config, model_config.vision_config
+    width = getattr(vision, "embed_dim", vision.hidden_size)
+    is_checkpointed = {
+        part: config.gradient_checkpointing in (part, "all") for part in ("llm", "vision")
+    }
+    per_token = text.num_hidden_layers * text.hidden_size * (1 if is_checkpointed["llm"] else 16)
+    per_patch = vision.depth * width * (1 if is_checkpointed["vision"] else 16)
+    index, plan = data.index, data.plan
+    media = index.num_image_tokens + index.num_video_tokens
+    cost = index.num_tokens * per_token + media * 4 * per_patch
+    cost = cost + index.num_supervised_tokens * text.vocab_size
+    num_steps = min(plan.num_steps_per_epoch, most_steps)
+    micro_batches = [step.micro_batches[0] for step in plan.steps(0, num_steps)]
+    every = [samples for step in micro_batches for samples in step]
+    largest = max(every, key=lambda samples: int(cost[samples].sum()))
+    return largest, any(len(step) > 1 for step in micro_batches)
+
+
+def fitting_flags(
+    model_config, processor, config: Config, data: PlannedData, shard_size: int, limit_gib: float
+) -> tuple[str, float] | None:
+    """Return the first flags of SAVERS with which a step fits into `limit_gib`, and its peak."""
+    for changes in _savers(config):
+        candidate = changed(config, changes)
+        if count_states(model_config, candidate).total / shard_size < limit_gib * GIB:
+            needed = plan_memory(model_config, processor, candidate, data, shard_size)
+            if needed["peak_gib"] <= limit_gib:
+                return flags_text(changes), needed["peak_gib"]
+    return None
