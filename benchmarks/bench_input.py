@@ -60,7 +60,7 @@ def measure(kind: str, messages: list[dict], num_samples: int, rounds: int) -> N
     pixels = {name: DEFAULTS[name] for name in ("max_pixels", "video_max_pixels")}
     config = fill_defaults(Config(model_name_or_path="tiny", **pixels), "cpu")
     processor = load_processor(folder, config)
-    encoder = build_encoder(folder, processor, config, "data.json")
+    encoder = build_encoder(folder, processor, config)
     normalize = InputBuilder(processor, "sdpa", torch.device("cpu")).normalize
 
     def encode(_):

@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
@@ -26,6 +25,8 @@ import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
+from util.flops_util import count_flops, published_config, shape_of  # noqa: E402
+
 NUM_STEPS = 12
 # Dense bf16 peak, NVLink and InfiniBand (400 Gb/s) of one H100 SXM, one direction, and the share of
 # each that is assumed to be reached. https://www.nvidia.com/en-us/data-center/h100/
@@ -33,16 +34,6 @@ PEAK_FLOPS, NVLINK, NETWORK = 989e12, 450e9, 50e9
 REACHED_FLOPS, REACHED_BANDWIDTH = 0.45, 0.7
 TOKENS_OF_A_MICRO_BATCH, IMAGE_SHARE, SUPERVISED_SHARE = 8192, 0.5, 0.3
 SEGMENT = 1024  # tokens of one sample: attention does not look beyond
-
-# Of the config.json files at https://huggingface.co/Qwen
-SHAPES = {
-    "2B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
-    | {"num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936},
-    "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
-    | {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064},
-    "72B": {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80}
-    | {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 152064},
-}
 
 # ---------------------------------------------------------------- measured
 
@@ -115,58 +106,6 @@ def measure(num_ranks: int, shard_size: int) -> str:
 # ---------------------------------------------------------------- projected
 
 
-@dataclass
-class Shape:
-    """Parameters of a model, by what they cost."""
-
-    total: int
-    vision: int  # of the blocks: four patches for one token
-    merger: int
-    decoder: int
-    lm_head: int
-    text_hidden: int
-    text_layers: int
-    vision_hidden: int
-    vision_layers: int
-
-
-def shape_of(config) -> Shape:
-    """Count the parameters of a Qwen2VLConfig, without memory for them."""
-    with torch.device("meta"):
-        model = transformers.AutoModelForImageTextToText.from_config(config)
-
-    def count(module):
-        return sum(p.numel() for p in module.parameters() if p.ndim > 1)
-
-    visual, text = model.model.visual, model.model.language_model
-    return Shape(
-        sum(p.numel() for p in model.parameters()),
-        count(visual.blocks) + count(visual.patch_embed),
-        count(visual.merger),
-        count(text.layers),
-        count(model.lm_head),
-        config.text_config.hidden_size,
-        config.text_config.num_hidden_layers,
-        config.vision_config.embed_dim,
-        config.vision_config.depth,
-    )
-
-
-def count_flops(shape: Shape, num_tokens, num_image_tokens, num_supervised, segment, image_segment):
-    """Return the operations of one forward and backward pass, recomputation not counted.
-
-    6 for each weight of a matrix and token (2 forward, 4 backward); attention 12 x hidden x length
-    of the segment for each token and layer, no discount for the causal half.
-    """
-    num_patches = 4 * num_image_tokens
-    return (
-        6 * (shape.decoder * num_tokens + shape.lm_head * num_supervised)
-        + 6 * (shape.vision * num_patches + shape.merger * num_image_tokens)
-        + 12 * shape.text_layers * shape.text_hidden * segment * num_tokens
-        + 12 * shape.vision_layers * shape.vision_hidden * image_segment * num_patches
-    )
-
-
 def check_formula() -> None:
     """Compare count_flops with PyTorch's count on tiny: one sample, one image."""
     from util.tiny_model import cached_tiny_model
@@ -189,7 +128,8 @@ def check_formula() -> None:
         ).logits
         logits.sum().backward()
     counted = counter.get_total_flops()
-    formula = count_flops(shape_of(config), num_tokens, num_image_tokens, num_tokens, 256, 256)
+    pairs = num_tokens**2, 256**2
+    formula = count_flops(shape_of(model), num_tokens, num_image_tokens, num_tokens, *pairs)
     print(f"check on tiny: formula {formula / 1e9:.3f} GFLOP, PyTorch counts {counted / 1e9:.3f}\n")
 
 
@@ -208,30 +148,29 @@ the network. One step is 8 micro-batches.""".strip()
 
 def project(name: str, num_gpus: int) -> str:
     """Return one row of the projection."""
-    config = transformers.Qwen2VLConfig(
-        text_config=SHAPES[name], tie_word_embeddings=name == "2B",
-        vision_config={"hidden_size": SHAPES[name]["hidden_size"]},
-    )  # fmt: skip
-    shape = shape_of(config)
+    with torch.device("meta"):
+        config = published_config(f"Qwen/Qwen2-VL-{name}-Instruct")
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    shape, num_parameters = shape_of(model), sum(p.numel() for p in model.parameters())
     tokens, num_micro_batches = TOKENS_OF_A_MICRO_BATCH, 8
-    flops = count_flops(
-        shape, tokens, tokens * IMAGE_SHARE, tokens * SUPERVISED_SHARE, SEGMENT, SEGMENT * 2
-    )
+    num_image_tokens = tokens * IMAGE_SHARE
+    pairs = tokens * SEGMENT, 4 * num_image_tokens * 2 * SEGMENT
+    flops = count_flops(shape, tokens, num_image_tokens, tokens * SUPERVISED_SHARE, *pairs)
     compute = flops * 4 / 3 / (PEAK_FLOPS * REACHED_FLOPS)
     shard_size = 8
-    while shard_size < num_gpus and 16 * shape.total / shard_size > 50e9:
+    while shard_size < num_gpus and 16 * num_parameters / shard_size > 50e9:
         shard_size *= 2
-    states = 16 * shape.total / shard_size / 2**30
+    states = 16 * num_parameters / shard_size / 2**30
     bandwidth = (NVLINK if shard_size <= 8 else NETWORK) * REACHED_BANDWIDTH
-    traffic = (shard_size - 1) / shard_size * shape.total * 8
+    traffic = (shard_size - 1) / shard_size * num_parameters * 8
     replicas = num_gpus / shard_size
-    all_reduce = 2 * (replicas - 1) / replicas * 4 * shape.total / shard_size
+    all_reduce = 2 * (replicas - 1) / replicas * 4 * num_parameters / shard_size
     seconds = num_micro_batches * max(compute, traffic / bandwidth)
     seconds += all_reduce / (NETWORK * REACHED_BANDWIDTH)
     speed = num_gpus * num_micro_batches * tokens / seconds
     fits = "" if states < 60 else "  does not fit in 80 GB"
     return (
-        f"{name:>4} {shape.total / 1e9:7.2f} {num_gpus:5} {shard_size:6} {flops / 1e12:8.0f} "
+        f"{name:>4} {num_parameters / 1e9:7.2f} {num_gpus:5} {shard_size:6} {flops / 1e12:8.0f} "
         f"{traffic / 1e9:8.1f} {all_reduce / 1e9:8.1f} {compute:8.2f} {traffic / bandwidth:8.2f} "
         f"{speed:11,.0f} {states:8.1f}{fits}"
     )
@@ -264,7 +203,7 @@ def main() -> None:
         "states GiB"
     )
     for num_gpus in (8, 64):
-        for name in SHAPES:
+        for name in ("2B", "7B", "72B"):
             print(project(name, num_gpus))
 
 
