@@ -130,6 +130,27 @@ def original_loss(model, inputs: dict, micro_batch: MicroBatch):
     return F.cross_entropy(logits[0], labels, ignore_index=IGNORE)
 
 
+def allocator_peak(step, model, optimizer) -> int:
+    """Return the bytes that PyTorch's allocator had handed out at most on the CPU during `step()`.
+
+    Weights, and moments of an earlier step, count.
+    """
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    standing = [*model.parameters()]
+    for tensor in moments:  # those of torchao are made of several tensors
+        attributes = getattr(tensor, "tensor_attrs", None)
+        standing += [getattr(tensor, name) for name in attributes] if attributes else [tensor]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in standing}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    now = peak = sum(storage.nbytes() for storage in storages.values())
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
 def measure(variant: str, device: torch.device) -> dict:
     """Run two steps; return peak and resident GiB, and seconds of the second one's parts."""
     config = fill_defaults(Config(model_name_or_path=NAME, **VARIANTS[variant]), device.type)
@@ -174,20 +195,7 @@ def measure(variant: str, device: torch.device) -> dict:
         step()
         result["peak"] = torch.cuda.max_memory_allocated(device) / GIB
     else:
-        states = [v for s in optimizer.state.values() for v in s.values() if v.ndim]
-        tensors = [*model.parameters(), *states]
-        tensors = [getattr(t, name) for t in tensors for name in getattr(t, "tensor_attrs", [])] + [
-            t for t in tensors if not hasattr(t, "tensor_attrs")
-        ]
-        standing = {t.untyped_storage().data_ptr(): t for t in tensors}
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            step()
-        peak = now = sum(t.untyped_storage().nbytes() for t in standing.values())
-        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            now += event.nbytes()
-            peak = max(peak, now)
-        result["peak"] = peak / GIB
+        result["peak"] = allocator_peak(step, model, optimizer) / GIB
     result["resident"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     total = sum(seconds.values())
     flops = FlopCounter(model, data.index, config)([0])

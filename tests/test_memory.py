@@ -2,12 +2,11 @@
 
 import functools
 import json
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, set_up, tiny_config, write_data
+from conftest import CPU, set_up, tiny_config
 from test_one_rule import train_packed
 from transformers import AutoModelForImageTextToText
 
@@ -210,18 +209,6 @@ def test_an_adapter_is_not_trained_on(tmp_path, mixed_data):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="merge_adapter"):
         load_model(str(tmp_path), "packed_sdpa", CPU, tiny_config(train_data=[mixed_data]))
-
-
-@pytest.fixture(scope="module")
-def split_data(mixed_data, tmp_path_factory):
-    """mixed_data in two: 20 samples to train on, 5 held out."""
-    records = json.loads(Path(mixed_data).read_text(encoding="utf-8"))
-    folder = tmp_path_factory.mktemp("split")
-    conversations = [record["messages"] for record in records]
-    return (
-        write_data(folder / "train.json", conversations[:20]),
-        write_data(folder / "held_out.json", conversations[20:]),
-    )
 
 
 @pytest.fixture(scope="module")

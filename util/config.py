@@ -185,6 +185,11 @@ class Config:
         """Whether this run trains the embedded tiny model."""
         return self.model_name_or_path == "tiny"
 
+    @property
+    def trained_parts(self) -> set[str]:
+        """What --train names, of llm, vision and merger."""
+        return {"llm", "vision", "merger"} if "all" in self.train else set(self.train)
+
     @classmethod
     def load(cls, path: Path) -> "Config":
         """Read the flags that `save` wrote."""

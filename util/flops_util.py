@@ -115,7 +115,7 @@ def operations_per_weight(config: Config) -> dict[str, int]:
     2 forward; 2 backward for the gradient of what the matrix was given, where something before it,
     or in it, is trained; 2 for the gradient of the weight itself, which LoRA does without.
     """
-    trained = {"llm", "merger", "vision"} if "all" in config.train else set(config.train)
+    trained = config.trained_parts
     own = {part: 2 if part in trained and not config.lora_rank else 0 for part in ALL_TRAINED}
     return {
         "llm": 4 + own["llm"],

@@ -33,12 +33,11 @@ def prepare_for_training(model, config: Config, device: torch.device | None = No
 
     Parameters go to `device`, if given. LoRA's are to be filled by `init_lora`.
     """
-    parts = {"llm", "merger", "vision"} if "all" in config.train else set(config.train)
     if config.lora_rank:
-        add_lora(model, parts, config)
+        add_lora(model, config)
     else:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(part_of(name) in parts)
+            parameter.requires_grad_(part_of(name) in config.trained_parts)
     set_dtypes(model, config.precision, device)
     # A convolution whose stride is its kernel is a matrix product; as one, it is seven times faster
     # on a CPU at the real width.
@@ -48,15 +47,17 @@ def prepare_for_training(model, config: Config, device: torch.device | None = No
             checkpoint_layers(module)
 
 
-def add_lora(model, parts: set[str], config: Config) -> None:
-    """Put low-rank adapters on every linear layer of `parts`; all else is frozen.
+def add_lora(model, config: Config) -> None:
+    """Put low-rank adapters on every linear layer of the parts to train; all else is frozen.
 
     Scaled by 2 / rank: https://arxiv.org/abs/2106.09685, with the usual alpha of twice the rank.
     """
     targets = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and part_of(name) in parts and name != "lm_head"
+        if isinstance(module, torch.nn.Linear)
+        and part_of(name) in config.trained_parts
+        and name != "lm_head"
     ]
     # Where Auto classes find the base; "tiny" is a name of this repo's own.
     base = cached_tiny_model() if config.is_tiny else config.model_name_or_path
