@@ -189,6 +189,7 @@ def two_ranks(mixed_data, split_data, unlike_data, twenty_steps, tmp_path_factor
         *(fp32_case(mixed_data, folder / f"fp32-{size}", size) for size in (1, 2)),
         savers_case(mixed_data, folder / "savers"),
         bf16_case(split_data[0], folder / "bf16", 5),
+        bf16_case(split_data[0], folder / "bf16-lora", 5, lora_rank=4),
         adversarial_case(unlike_data, folder / "adversarial", 20),
     ]
     drive(folder, 2, cases)
@@ -292,6 +293,15 @@ def held_out_loss(model_dir, data, tiny_folder):
 def test_bf16_follows_one_process(two_ranks, split_data, tiny_folder, tmp_path):
     metrics, _ = train_alone(split_data[0], tiny_folder, tmp_path / "a", 5, precision="bf16")
     losses = [m["loss"] for m in read_metrics(two_ranks / "bf16")]
+    assert losses == pytest.approx([m["loss"] for m in metrics], rel=1e-3)
+
+
+def test_adapters_on_frozen_bf16_weights_follow_one_process(
+    two_ranks, split_data, tiny_folder, tmp_path
+):
+    flags = {"precision": "bf16", "lora_rank": 4}
+    metrics, _ = train_alone(split_data[0], tiny_folder, tmp_path / "a", 5, **flags)
+    losses = [m["loss"] for m in read_metrics(two_ranks / "bf16-lora")]
     assert losses == pytest.approx([m["loss"] for m in metrics], rel=1e-3)
 
 

@@ -17,7 +17,7 @@ from util.config import Config
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
 CHINESE = (REPO / "README.zh.md").read_text(encoding="utf-8")
-LOOP = (REPO / "docs" / "loop.md").read_text(encoding="utf-8")
+LOOP_PAGES = ("docs/loop.md", "docs/loop.zh.md")
 COMMANDS = [
     line
     for block in re.findall(r"```bash\n(.*?)```", README, re.S)
@@ -106,7 +106,7 @@ def headings(text: str) -> list[tuple[int, str]]:
     return [(len(marks), title) for marks, title in re.findall(r"^(#+) (.+)$", text, re.M)]
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.zh.md", "docs/loop.md"])
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md", *LOOP_PAGES])
 def test_links_and_named_files_exist(name):
     text = (REPO / name).read_text(encoding="utf-8")
     # As GitHub makes anchors of titles.
@@ -153,9 +153,11 @@ def test_the_chinese_readme_has_the_same_content():
                 assert FIGURE.findall(cell) == FIGURE.findall(other_cell), row
 
 
-def test_the_page_on_the_loop_quotes_it_whole():
+@pytest.mark.parametrize("name", LOOP_PAGES)
+def test_the_page_on_the_loop_quotes_it_whole(name):
     script = (REPO / "finetune.py").read_text(encoding="utf-8")
-    quotes = re.findall(r"```python\n(.*?)```", LOOP, re.S)
+    page = (REPO / name).read_text(encoding="utf-8")
+    quotes = re.findall(r"```python\n(.*?)```", page, re.S)
     place = 0
     for quote in quotes:
         assert quote in script[place:], f"not in finetune.py, or not in this order:\n{quote}"
