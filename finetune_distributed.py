@@ -48,10 +48,10 @@ from util.logutil import (
     check_report_to,
     describe_evaluation,
     log_left_out,
+    log_setup,
     peak_memory_gib,
     plot_loss,
     setup_logging,
-    untested_versions,
 )
 from util.memory_util import choose_autocast, cross_entropy_sum
 from util.model_util import (
@@ -262,27 +262,9 @@ def main() -> None:
     attention = choose_attention(device, config.precision)
     model = load_sharded_model(folder, attention, device, mesh, config)  # dist
 
-    logger.info(
-        f"model      {config.model_name_or_path}: {model.num_parameters() / 1e6:,.1f} M "
-        f"parameters on {device}, {config.precision}, attention {attention}"
-    )
-    logger.info(f"data       {' '.join(config.train_data)}: {data.index.summary()}")
-    if eval_data:
-        logger.info(f"held out   {' '.join(config.eval_data)}: {eval_data.index.summary()}")
-    for problem in data.problems + (eval_data.problems if eval_data else []):
-        logger.warning(f"left out   {problem}")
-    logger.info(
-        f"steps      {num_steps} of {config.batch_size} samples ({data.plan.num_steps_per_epoch} "
-        f"an epoch), in micro-batches of at most {config.max_tokens:,} tokens; learning rate "
-        f"{config.learning_rate:g}"
-    )
+    log_setup(config, model, data, eval_data, num_steps, device, checkpoint)
     replicas, shards = mesh["replicate"].size(), mesh["shard"].size()  # dist
     logger.info(f"ranks      {world_size}: {replicas} replicas, each over {shards}")  # dist
-    logger.info(f"output     {output_dir}, a checkpoint every {config.save_steps} steps")
-    if checkpoint:
-        logger.info(f"resumed    from {checkpoint}")
-    if other := untested_versions():
-        logger.warning(f"versions   not tested: {other}")
 
     started = time.perf_counter()
     train(config, model, processor, data, eval_data, num_steps, device, checkpoint)

@@ -273,6 +273,25 @@ def generate(
 
     synced_gpus: ranks that share the model go on until the last of them is done.
     """
+    inputs = _model_inputs(encoder, build_inputs, samples)
+    # fully_shard cannot do with inference_mode.
+    with torch.no_grad():
+        output = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            # The generation_config has sampling settings, of no use to greedy search.
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            synced_gpus=synced_gpus,
+        )
+    new_tokens = output[:, inputs["input_ids"].shape[1] :]
+    return encoder.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+
+
+def _model_inputs(encoder: SampleEncoder, build_inputs, samples: list[Sample]) -> dict:
+    """Return prompts as plain transformers takes a batch of them, on the device."""
     device, tokenizer = build_inputs.device, encoder.tokenizer
 
     def pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
@@ -303,21 +322,7 @@ def generate(
     seconds = [second for sample in samples for second in sample.second_per_grid_ts]
     if seconds and "second_per_grid_ts" in encoder.processor.model_input_names:
         inputs["second_per_grid_ts"] = torch.tensor(seconds)
-    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    # fully_shard cannot do with inference_mode.
-    with torch.no_grad():
-        output = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            # The generation_config has sampling settings, of no use to greedy search.
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            synced_gpus=synced_gpus,
-        )
-    new_tokens = output[:, inputs["input_ids"].shape[1] :]
-    return tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def print_answer(prompt: Prompt, answer: str) -> None:

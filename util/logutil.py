@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from util.check_requirements import read_requirements
 from util.config import Config, UserError
+from util.plan_util import PlannedData
 
 logger = logging.getLogger("finetune")
 
@@ -40,6 +41,37 @@ def setup_logging(output_dir: Path) -> None:
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(terminal)
     logger.addHandler(file)
+
+
+def log_setup(
+    config: Config,
+    model,
+    data: PlannedData,
+    eval_data: PlannedData | None,
+    num_steps: int,
+    device: torch.device,
+    checkpoint: Path | None,
+) -> None:
+    """Log what will be trained, on which data, and in how many steps."""
+    logger.info(
+        f"model      {config.model_name_or_path}: {model.num_parameters() / 1e6:,.1f} M parameters "
+        f"on {device}, {config.precision}, attention {model.config._attn_implementation}"
+    )
+    logger.info(f"data       {' '.join(config.train_data)}: {data.index.summary()}")
+    if eval_data:
+        logger.info(f"held out   {' '.join(config.eval_data)}: {eval_data.index.summary()}")
+    for problem in data.problems + (eval_data.problems if eval_data else []):
+        logger.warning(f"left out   {problem}")
+    logger.info(
+        f"steps      {num_steps} of {config.batch_size} samples ({data.plan.num_steps_per_epoch} "
+        f"an epoch), in micro-batches of at most {config.max_tokens:,} tokens; learning rate "
+        f"{config.learning_rate:g}"
+    )
+    logger.info(f"output     {config.output_dir}, a checkpoint every {config.save_steps} steps")
+    if checkpoint:
+        logger.info(f"resumed    from {checkpoint}")
+    if other := untested_versions():
+        logger.warning(f"versions   not tested: {other}")
 
 
 class MetricsFile:
