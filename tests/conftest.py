@@ -201,15 +201,3 @@ def mixed_data(tmp_path_factory) -> str:
         else:
             conversations.append([user(video(clips[i % 3]), question), answer])
     return write_data(folder / "data.json", conversations)
-
-
-@pytest.fixture(scope="session")
-def split_data(mixed_data, tmp_path_factory):
-    """mixed_data in two: 20 samples to train on, 5 held out."""
-    records = json.loads(Path(mixed_data).read_text(encoding="utf-8"))
-    folder = tmp_path_factory.mktemp("split")
-    conversations = [record["messages"] for record in records]
-    return (
-        write_data(folder / "train.json", conversations[:20]),
-        write_data(folder / "held_out.json", conversations[20:]),
-    )

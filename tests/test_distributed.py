@@ -290,6 +290,18 @@ def held_out_loss(model_dir, data, tiny_folder):
     return total / step.num_supervised_tokens
 
 
+@pytest.fixture(scope="module")
+def split_data(mixed_data, tmp_path_factory):
+    """mixed_data in two: 20 samples to train on, 5 held out."""
+    records = json.loads(Path(mixed_data).read_text(encoding="utf-8"))
+    folder = tmp_path_factory.mktemp("split")
+    conversations = [record["messages"] for record in records]
+    return (
+        write_data(folder / "train.json", conversations[:20]),
+        write_data(folder / "held_out.json", conversations[20:]),
+    )
+
+
 def test_bf16_follows_one_process(two_ranks, split_data, tiny_folder, tmp_path):
     metrics, _ = train_alone(split_data[0], tiny_folder, tmp_path / "a", 5, precision="bf16")
     losses = [m["loss"] for m in read_metrics(two_ranks / "bf16")]
