@@ -1,6 +1,9 @@
 """The three formats of conversations, JSON and JSONL, several files and their rates."""
 
+import itertools
 import json
+import multiprocessing
+import os
 import resource
 import signal
 from pathlib import Path
@@ -256,12 +259,22 @@ def test_many_samples_are_measured_by_several_processes(tmp_path, tiny_folder, m
     assert index.num_tokens[300] == 0
 
 
-def test_processes_of_the_index_can_be_ended_in_a_process_that_only_notes_sigterm():
-    StopSignal()  # as in a process that has trained
-    handlers = plan_util._run_all(
-        lambda *_: signal.getsignal(signal.SIGTERM), "handlers", np.arange(300), None, None
-    )
-    assert {handler for _, handler in handlers} == {signal.SIG_DFL}
+def test_a_process_that_dies_while_measuring_is_an_error_and_no_hang():
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)  # as a system does that runs out of memory
+
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        list(plan_util._run_all(die, "index", np.arange(300), None, None))
+
+
+def test_measuring_leaves_no_process_behind_whenever_it_ends():
+    """Also in a process that only notes SIGTERM, as one that has trained does."""
+    StopSignal()
+    for num_taken in (0, 1, 20, 300):
+        results = plan_util._run_all(lambda *task: task[-1], "index", np.arange(300), None, None)
+        assert [i for i, _ in itertools.islice(results, num_taken)] == list(range(num_taken))
+        results.close()
+        assert not multiprocessing.active_children()
 
 
 def test_bad_samples_can_be_left_out(tmp_path, tiny_folder):
@@ -297,7 +310,7 @@ def test_a_million_lines_open_in_seconds_and_little_memory(tmp_path, tiny_folder
     records = Records([str(path)])
     row = encoder.measure(records[999_999])
     name = f"index-{plan_util._index_key(records, encoder)}.npy"
-    np.save(tmp_path / name, np.full((1_000_000, 4), row, dtype=np.int32))
+    np.save(tmp_path / name, np.tile(row, (1_000_000, 1)))
     del records
     before, memory = resource.getrusage(resource.RUSAGE_SELF), resident_bytes()
     data = prepare_data(config.train_data, encoder, config, world_size=2)

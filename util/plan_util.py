@@ -9,10 +9,8 @@ import hashlib
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -101,15 +99,37 @@ def decode_all(records: Records, index: Index, encoder: SampleEncoder) -> list[s
 
 def _run_all(function, title: str, numbers: np.ndarray, records: Records, encoder) -> Iterator:
     """Yield (sample number, result of `function`) in order, with a progress bar."""
-    if len(numbers) < MIN_SAMPLES_FOR_PROCESSES:
-        pool, results = nullcontext(), (function(encoder, records, int(i)) for i in numbers)
-    else:
-        arguments = (function, encoder, records)
-        pool = get_context("fork").Pool(os.cpu_count(), _start_process, arguments)
-        results = pool.imap(_run_one, map(int, numbers), chunksize=64)
-    with pool:
-        bar = tqdm(results, title, len(numbers), leave=False, disable=None, unit=" samples")
-        yield from zip(map(int, numbers), bar)
+    numbers = numbers.tolist()
+    num_workers = 0 if len(numbers) < MIN_SAMPLES_FOR_PROCESSES else _num_cores()
+    loader = DataLoader(
+        _Task(function, records, encoder),
+        sampler=numbers,
+        batch_size=16,
+        collate_fn=list,
+        **_worker_settings(num_workers),
+    )
+    results = (result for results in loader for result in results)
+    bar = tqdm(results, title, len(numbers), leave=False, disable=None, unit=" samples")
+    yield from zip(numbers, bar)
+
+
+@dataclass
+class _Task(Dataset):
+    """Sample number -> what `function` says of it."""
+
+    function: Callable
+    records: Records
+    encoder: SampleEncoder
+
+    def __getitem__(self, i: int):
+        return self.function(self.encoder, self.records, i)
+
+
+def _num_cores() -> int:
+    """Return how many cores this process may use, where the system tells; else all there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def _measure(encoder: SampleEncoder, records: Records, i: int) -> tuple | str:
@@ -125,25 +145,6 @@ def _decode(encoder: SampleEncoder, records: Records, i: int) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-_task = None  # (function, encoder, records), set once in each process of the pool
-
-
-def _start_process(*task) -> None:
-    global _task
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # What the pool ends its processes with: a handler of the process they were forked from must
-    # not stand in the way.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _task = task
-
-
-def _run_one(i: int) -> tuple | str | None:
-    function, encoder, records = _task
-    return function(encoder, records, i)
 
 
 def _index_key(records: Records, encoder: SampleEncoder) -> str:
@@ -434,11 +435,8 @@ def load_micro_batches(
         data.samples,
         batch_sampler=(samples for step in steps for samples in step.micro_batches[rank]),
         collate_fn=data.samples.collate,
-        num_workers=config.num_workers,
-        worker_init_fn=_start_worker,
         pin_memory=device.type == "cuda",
-        # Its own, so that reading data never moves the random state of the training.
-        generator=torch.Generator(),
+        **_worker_settings(config.num_workers),
     )
     for micro_batch in loader:
         if micro_batch.problems and config.on_bad_sample == "stop":
@@ -465,6 +463,18 @@ class Stopwatch:
         """Return the seconds since the last call of this."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
+
+
+def _worker_settings(num_workers: int) -> dict:
+    """Return what DataLoaders of this repo have in common."""
+    return {
+        "num_workers": num_workers,
+        "worker_init_fn": _start_worker,
+        # A mapped file goes to no process that is started in another way.
+        "multiprocessing_context": "fork" if num_workers else None,
+        # Its own, so that reading data never moves the random state of the training.
+        "generator": torch.Generator(),
+    }
 
 
 def _start_worker(worker_id: int) -> None:
