@@ -164,15 +164,17 @@ def print_compute(model_config, config: Config, data: PlannedData) -> None:
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(model_config)
     samples = np.flatnonzero(data.index.num_tokens > 0)
-    rounds = config.num_epochs * data.plan.num_samples_per_epoch / len(samples)
-    flops = FlopCounter(model, data.index, config)(samples) * rounds
     num_steps = data.plan.num_steps_per_epoch * config.num_epochs
+    num_steps = min(num_steps, config.max_steps or num_steps)
+    num_epochs = num_steps / data.plan.num_steps_per_epoch
+    rounds = num_epochs * data.plan.num_samples_per_epoch / len(samples)
+    flops = FlopCounter(model, data.index, config)(samples) * rounds
     hours = ", ".join(
         f"{flops / (ASSUMED_MFU * PEAK_FLOPS[name]) / 3600:.2g} h on one {name}"
         for name in ("RTX 4090", "A100", "H100")
     )
     print(
-        f"compute: {config.num_epochs} epochs, {num_steps:,} steps, {flops / 1e15:,.3g} PFLOP "
+        f"compute: {num_epochs:g} epochs, {num_steps:,} steps, {flops / 1e15:,.3g} PFLOP "
         f"without recomputation; at {ASSUMED_MFU:.0%} MFU, an assumption, {hours}"
     )
 

@@ -24,9 +24,13 @@ from util.tiny_model import build_config
 
 @pytest.fixture(scope="module")
 def larger_tiny(tiny_folder, tmp_path_factory) -> str:
-    """A folder with a model of 26 M parameters and tiny's tokenizer."""
+    """A folder with a model of 34 M parameters and tiny's tokenizer.
+
+    As in real models, the embeddings are by far the largest tensor.
+    """
     folder = tmp_path_factory.mktemp("larger")
     config = build_config(encoder_for(tiny_folder).tokenizer)
+    config.text_config.vocab_size = 16384
     config.text_config.hidden_size = config.vision_config.hidden_size = 512
     config.text_config.num_attention_heads, config.text_config.num_key_value_heads = 8, 4
     config.text_config.intermediate_size = 1408
