@@ -13,6 +13,7 @@ from conftest import REPO
 from test_end_to_end import run_script
 
 from benchmarks import bench_fit
+from util import check_requirements
 from util.config import Config
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -192,3 +193,9 @@ def test_an_active_environment_is_checked_and_not_changed(tmp_path):
     (tmp_path / "more.txt").write_text("numpy==0.1\n")
     printed = run_script(check, tmp_path / "r.txt")
     assert "not tested: numpy" in printed and "tested: 0.1" in printed
+
+
+def test_a_python_that_is_too_old_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 12))
+    with pytest.raises(SystemExit, match=r"is Python 3\.10\.12, and 3\.11 or newer is needed"):
+        check_requirements.main()

@@ -1,6 +1,6 @@
-"""Check that the packages of requirements files are installed; nothing is changed.
+"""Check that Python is new enough and the packages of files are installed; nothing is changed.
 
-    python util/check_requirements.py requirements.txt [...]
+    python util/check_requirements.py [requirements.txt ...]
 
 A missing package is an error. Another version than the tested one is a warning in one line.
 """
@@ -8,6 +8,8 @@ A missing package is an error. Another version than the tested one is a warning 
 import importlib.metadata
 import sys
 from pathlib import Path
+
+OLDEST_PYTHON = (3, 11)  # of numpy and pillow in requirements.txt
 
 
 def read_requirements(path: Path) -> dict[str, str]:
@@ -24,6 +26,13 @@ def read_requirements(path: Path) -> dict[str, str]:
 
 
 def main() -> None:
+    if sys.version_info < OLDEST_PYTHON:
+        needed = ".".join(map(str, OLDEST_PYTHON))
+        sys.exit(
+            f"error: {sys.executable} is Python {'.'.join(map(str, sys.version_info[:3]))}, and "
+            f"{needed} or newer is needed. Outside of any environment, "
+            f"PYTHON=python{needed} ./finetune.sh takes another one"
+        )
     pins = {}
     for path in sys.argv[1:]:
         pins |= read_requirements(Path(path))

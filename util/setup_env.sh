@@ -3,12 +3,14 @@
 # VENV_DIR set:          that virtual environment is used; made and filled when missing.
 # an environment active: it is used, checked, and never changed.
 # neither:               .venv is used; made and filled when missing.
+# PYTHON set:            the interpreter that environments are made with, python3 otherwise.
 
 if [[ -z "${VENV_DIR:-}" && -n "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" ]]; then
     python util/check_requirements.py "$@"
 else
     VENV_DIR="${VENV_DIR:-.venv}"
     if [[ ! -x "$VENV_DIR/bin/python" ]]; then
+        "${PYTHON:-python3}" util/check_requirements.py
         echo "Making the virtual environment $VENV_DIR ..."
         "${PYTHON:-python3}" -m venv "$VENV_DIR"
     fi
