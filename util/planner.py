@@ -140,10 +140,17 @@ class _MemoryTracker(TorchDispatchMode):
         self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in standing)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.peak = max(self.peak, self.now)
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, FakeTensor):
                 self._follow(leaf.untyped_storage())
+        # Autograd adds up gradients in place where nothing else holds the first, also no view, but
+        # never fake ones (torch 2.14, `can_accumulate_inplace` in autograd/input_buffer.cpp). What
+        # it would have reused is gone when the next operation begins.
+        adds_up = not torch.is_grad_enabled() and function is torch.ops.aten.add.Tensor
+        if not adds_up or args[0]._is_view():
+            self.peak = max(self.peak, self.now)
         return result
 
     def _follow(self, storage) -> None:
@@ -154,7 +161,6 @@ class _MemoryTracker(TorchDispatchMode):
 
     def _change(self, num_bytes: int) -> None:
         self.now += num_bytes
-        self.peak = max(self.peak, self.now)
 
 
 def plan_memory(
