@@ -5,6 +5,7 @@ plan: the whole run, laid out: steps, and for each the micro-batches of every ra
 micro-batch: several samples in one row, without padding
 """
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -108,9 +109,10 @@ def _run_all(function, title: str, numbers: np.ndarray, records: Records, encode
         collate_fn=list,
         **_worker_settings(num_workers),
     )
-    results = (result for results in loader for result in results)
-    bar = tqdm(results, title, len(numbers), leave=False, disable=None, unit=" samples")
-    yield from zip(numbers, bar)
+    # Closed as this function ends, however it does, which ends the processes.
+    with contextlib.closing(result for results in loader for result in results) as results:
+        bar = tqdm(results, title, len(numbers), leave=False, disable=None, unit=" samples")
+        yield from zip(numbers, bar)
 
 
 @dataclass
