@@ -52,6 +52,11 @@ def test_a_single_video_as_llava_writes_it():
     turns = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "Rain."}]
     messages = parse_conversation({"conversations": turns, "video": "a.mp4", "image": None})
     assert messages[0]["content"] == [{"type": "video", "video": "a.mp4"}, text("What?")]
+    turns[0]["value"] = "<image>\nWhat?"  # as LLaVA-Video does
+    assert parse_conversation({"conversations": turns, "video": "a.mp4"}) == messages
+    # As rows of several formats come out of Arrow.
+    record = {"conversations": None, "messages": messages, "image": None}
+    assert parse_conversation(record) == messages
 
 
 def test_tags_are_text_where_content_is_typed():
@@ -63,9 +68,10 @@ def test_tags_are_text_where_content_is_typed():
 @pytest.mark.parametrize(
     "record, words",
     [
-        ({"messages": [user("<image> a")], "images": []}, "1 <image> tags.*lists 0 images"),
-        ({"messages": [user("a")], "images": ["a.png"]}, "0 <image> tags.*lists 1 images"),
-        ({"messages": [user("<image><video>")], "image": "a"}, "1 <video> tags.*0 videos"),
+        ({"messages": [user("<image> a")], "images": []}, "<image> tags in.*: 1, but.*: 0"),
+        ({"messages": [user("a")], "images": ["a.png"]}, "<image> tags.*: 0, but.*: 1.*one tag"),
+        ({"messages": [user("<image><video>")], "image": "a"}, "<video> tags.*: 1, but.*: 0"),
+        ({"messages": [user("<image>")], "image": "a", "images": ["b"]}, "both .*image.*images"),
         ({"conversations": [{"from": "bot", "value": "a"}]}, "message 0: unknown speaker 'bot'"),
         ({"conversations": [{"from": "gpt", "value": None}]}, "message 0: content must be"),
         ({"conversations": ["a"]}, "message 0: must be an object with from and value"),
@@ -159,9 +165,9 @@ def write_jsonl(path, conversations, ending="\n"):
 
 def test_jsonl_with_blank_lines_crlf_and_no_last_line_break(tmp_path):
     conversations = [[user(f"你好 {i}"), assistant("x")] for i in range(5)]
-    records = Records([write_jsonl(tmp_path / "a.jsonl", conversations, "\r\n\r\n \n")])
+    records = Records([write_jsonl(tmp_path / "a.jsonl", conversations, "\r\n\r\n \n\t   \r\n")])
     assert [records[i]["messages"] for i in range(len(records))] == conversations
-    assert records.where(1) == f"{tmp_path}/a.jsonl: line 4"
+    assert records.where(1) == f"{tmp_path}/a.jsonl: line 5"
 
 
 def test_a_bad_line_is_named(tmp_path, tiny_folder):

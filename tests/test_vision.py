@@ -4,10 +4,12 @@ import base64
 import dataclasses
 import http.server
 import io
+import operator
 import os
 import random
 import threading
 import time
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from av.sidedata.sidedata import Type as SideData
 from conftest import REPO, encoder_for, image, user, video
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +27,7 @@ from qwen_vl_utils import vision_process as qwen
 from util import media_source, video_reader
 from util.data_util import parse_conversation
 from util.media_source import check_media_item, describe, resolve
-from util.video_reader import VideoReader
+from util.video_reader import VideoReader, how_it_is_shown
 from util.vision_util import (
     PixelPolicy,
     clip_metadata,
@@ -652,6 +655,83 @@ def test_rotated_clips_are_shown_upright(tmp_path, rotation):
         assert psnr(hwc(reader.get_frames_at([0])[0]), upright) > 25
         small = reader.get_frames_at([0], 56, 84)
         assert small.shape == (1, 3, 56, 84)
+
+
+def test_mirrored_clips_are_shown_mirrored(tmp_path):
+    path = tmp_path / "a.mp4"
+    zoo.make_clip(path, "libx264", {}, num_frames=2)
+    with VideoReader(zoo.mirror(path)) as reader:
+        expected = zoo.clip_frame(0, 96, 144)[:, ::-1]
+        assert psnr(hwc(reader.get_frames_at([0])[0]), expected) > 25
+    matrix = {
+        "rotated left, then mirrored": ([0, -1, 0, -1, 0], (1, True)),
+        "upside down": ([1, 0, 0, 0, -1], (2, True)),
+        "rotated right": ([0, 1, 0, -1, 0], (3, False)),
+    }
+    for name, (values, expected) in matrix.items():
+        numbers = np.zeros(9, np.int32)
+        numbers[:5] = np.array(values) << 16
+        frame = SimpleNamespace(side_data={SideData.DISPLAYMATRIX: numbers.tobytes()})
+        assert how_it_is_shown(frame) == expected, name
+
+
+def assert_reads_as_full_decode(path, num_frames):
+    """Also one by one, and the times of the frames must be those that decoding tells."""
+    decoded = full_decode(path)
+    with VideoReader(path) as reader:
+        assert len(reader) == len(decoded) == num_frames
+        expected = [to_rgb(frame, reader.size) for frame in decoded]
+        for indices in ([0], [num_frames - 1], [3, 12], list(range(num_frames))):
+            frames = reader.get_frames_at(indices)
+            assert all(torch.equal(expected[i], f) for i, f in zip(indices, frames))
+        seconds = [float((f.pts - decoded[0].pts) * f.time_base) for f in decoded]
+        assert reader.seconds == pytest.approx(seconds, abs=2e-3)
+
+
+@pytest.mark.parametrize("name", ["h264.ts", "hevc_open_gop.ts", "mpeg2.ts"])
+def test_clips_that_begin_between_key_frames(clips, tmp_path, name):
+    """As recordings do, and what was cut out of a clip without decoding it."""
+    source = zoo.make_zoo_clip(clips, name)
+    for start in (3, 12, 17):
+        change = operator.itemgetter(slice(start, None))
+        path = zoo.copy_packets(source, tmp_path / name, change)
+        assert_reads_as_full_decode(path, len(full_decode(path)))
+        assert probe_media(video(path), POLICY) == load_media(video(path), POLICY)[1]
+
+
+def test_clips_whose_first_frames_refer_to_none(clips, tmp_path):
+    """An open group of pictures, cut before its key frame: mkv gives negative times as none."""
+    source = zoo.make_zoo_clip(clips, "hevc_open_gop.ts")
+
+    def from_the_second_key_frame(packets):
+        keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
+        packets = packets[keys[1] :]
+        first = packets[0].pts
+        for packet in packets:
+            packet.pts, packet.dts = packet.pts - first, packet.dts - first
+        return packets
+
+    path = zoo.copy_packets(source, tmp_path / "a.mkv", from_the_second_key_frame)
+    assert_reads_as_full_decode(path, len(full_decode(path)))
+
+
+def test_frames_that_are_never_shown_are_no_frames(clips, tmp_path):
+    source = zoo.make_zoo_clip(clips, "vp8.webm")
+    path = zoo.make_unshown(source, tmp_path / "a.webm", 17)
+    assert_reads_as_full_decode(path, zoo.NUM_FRAMES)
+
+
+def test_frames_at_the_same_time_do_not_change_the_times_of_others(tmp_path):
+    options = {"g": "12", "bf": "0"}
+    source = zoo.make_clip(tmp_path / "a.mkv", "libx264", options, ticks="variable")
+    assert_reads_as_full_decode(source, zoo.NUM_FRAMES)
+    path = zoo.make_equal_times(source, tmp_path / "b.mkv", 20)
+    with VideoReader(source) as whole, VideoReader(path) as reader:
+        assert len(reader) == zoo.NUM_FRAMES and reader.seconds[20] == reader.seconds[19]
+        others = [i for i in range(zoo.NUM_FRAMES) if i != 20]
+        assert np.array_equal(reader.seconds[others], whole.seconds[others])
+        every = range(zoo.NUM_FRAMES)
+        assert torch.equal(reader.get_frames_at(every), whole.get_frames_at(every))
 
 
 def test_a_list_of_frames_is_a_clip():

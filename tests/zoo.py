@@ -127,19 +127,64 @@ def make_zoo_clip(folder: Path, name: str) -> str:
     return str(path) if path.exists() else make_clip(path, codec, options, **more)
 
 
+def copy_packets(source: str, path: Path, change) -> str:
+    """Copy a clip without decoding it, with `change(packets)` in place of its packets."""
+    with av.open(source) as old, av.open(str(path), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in change([packet for packet in old.demux(video=0) if packet.size]):
+            packet.stream = stream
+            new.mux(packet)
+    return str(path)
+
+
 def make_trimmed(source: str, path: Path, start: int) -> str:
     """Copy a clip into mp4, its packets `start` ticks of 1/25 s earlier.
 
     What comes before time 0 is kept, hidden by an edit list, as phones and editors do.
     """
-    with av.open(source) as old, av.open(str(path), "w") as new:
-        stream = new.add_stream_from_template(old.streams.video[0])
-        for packet in old.demux(video=0):
-            if packet.size:
-                shift = round(Fraction(start, CLIP_RATE) / packet.time_base)
-                packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
-                packet.stream = stream
-                new.mux(packet)
+
+    def earlier(packets):
+        shift = round(Fraction(start, CLIP_RATE) / packets[0].time_base)
+        for packet in packets:
+            packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+        return packets
+
+    return copy_packets(source, path, earlier)
+
+
+def make_equal_times(source: str, path: Path, i: int) -> str:
+    """Copy a clip without reordered frames; frame `i` gets the time of the one before it."""
+
+    def change(packets):
+        packets[i].pts, packets[i].dts = packets[i - 1].pts, packets[i - 1].dts
+        return packets
+
+    return copy_packets(source, path, change)
+
+
+def make_unshown(source: str, path: Path, i: int) -> str:
+    """Copy a VP8 clip with a frame more, before packet `i`, that is decoded and not shown.
+
+    Encoders write such frames for others to refer to (alternate references).
+    """
+
+    def change(packets):
+        content = bytes(packets[i])
+        unshown = av.Packet(bytes([content[0] & ~0x10]) + content[1:])
+        unshown.pts, unshown.dts = packets[i].pts, packets[i].dts
+        unshown.time_base = packets[i].time_base
+        return [*packets[:i], unshown, *packets[i:]]
+
+    return copy_packets(source, path, change)
+
+
+def mirror(path: Path) -> str:
+    """Have a player show an mp4 mirrored: set the matrix of its track. Source: ISO 14496-12."""
+    content = bytearray(path.read_bytes())
+    # Behind the name: version, flags, times, number, duration, layer, volume.
+    start = content.index(b"tkhd") + 4 + 40
+    content[start : start + 4] = struct.pack(">i", -0x10000)
+    path.write_bytes(content)
     return str(path)
 
 

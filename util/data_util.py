@@ -125,7 +125,9 @@ def _open_file(path: str, rate: float) -> DataFile:
                 data = file.read()
     except ValueError as error:
         missing = not os.path.lexists(path)
-        raise UserError(f"{path}: {'No such file' if missing else error}") from error
+        raise UserError(
+            f"{path}: {f'No such file: {Path(path).absolute()}' if missing else error}"
+        ) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     if path.endswith(".jsonl"):
@@ -146,8 +148,11 @@ def _find_lines(path: str, data: mmap.mmap) -> tuple[np.ndarray, np.ndarray, np.
         data.madvise(mmap.MADV_DONTNEED, start, len(part))  # nor does the file stay in memory
     ends = np.concatenate([*ends, [len(view)]])
     starts = np.concatenate([[0], ends[:-1] + 1])
-    # A line of two bytes or less, "\r" or " ", is blank: no record is that short.
-    kept = np.flatnonzero(ends - starts > 2)
+    # No record is so short; lines of white space are.
+    lengths = ends - starts
+    short = np.flatnonzero((lengths > 0) & (lengths < 40))
+    lengths[[i for i in short if not data[starts[i] : ends[i]].strip()]] = 0
+    kept = np.flatnonzero(lengths)
     if len(kept) == 0:
         raise UserError(f"{path}: holds no records")
     return starts[kept], ends[kept], (kept + 1).astype(np.int32)
@@ -184,8 +189,10 @@ def parse_conversation(record) -> list[dict]:
     {"type": "text", "text": ...}, {"type": "image", "image": ...}, {"type": "video", "video": ...}.
     Raises ValueError naming the message where a record is anything else.
     """
-    key = "conversations" if isinstance(record, dict) and "conversations" in record else "messages"
-    messages = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        record = {}
+    key = "messages" if record.get("conversations") is None else "conversations"
+    messages = record.get(key)
     if not isinstance(messages, list):
         raise ValueError('must be an object with a list "messages" or "conversations"')
     if not messages:
@@ -210,6 +217,9 @@ def _place_tagged_media(messages: list[dict], record: dict) -> list[dict]:
     media = {kind: _media_list(record, kind) for kind in MEDIA_TYPES}
     left = {kind: iter(items) for kind, items in media.items()}
     counts = dict.fromkeys(MEDIA_TYPES, 0)
+    texts = [message["content"] for message in messages if isinstance(message["content"], str)]
+    # LLaVA-Video writes <image> for its clips.
+    is_llava_video = not media["image"] and not any("<video>" in text for text in texts)
     for i, message in enumerate(messages):
         if not isinstance(message["content"], str) or not MEDIA_TAG.search(message["content"]):
             continue
@@ -219,23 +229,26 @@ def _place_tagged_media(messages: list[dict], record: dict) -> list[dict]:
             if k % 2 == 0:
                 content += [{"type": "text", "text": part}] if part else []
             else:
-                counts[part] += 1
-                item = next(left[part], None)
+                kind = "video" if is_llava_video and media["video"] else part
+                counts[kind] += 1
+                item = next(left[kind], None)
                 content += [_parse_item(f"message {i}", item)] if item else []
         message["content"] = content
     for kind in MEDIA_TYPES:
         if counts[kind] != len(media[kind]):
             raise ValueError(
-                f"the text has {counts[kind]} <{kind}> tags, but the record lists "
-                f"{len(media[kind])} {kind}s"
+                f"<{kind}> tags in the text: {counts[kind]}, but in the record's list: "
+                f"{len(media[kind])}. Put one tag where each {kind} belongs"
             )
     return messages
 
 
 def _media_list(record: dict, kind: str) -> list[dict]:
     """Return what a record lists under "image" or "images" (or video) as items."""
-    value = record.get(kind) or record.get(kind + "s") or []
-    items = []
+    one, many = record.get(kind) or [], record.get(kind + "s") or []
+    if one and many:
+        raise ValueError(f'both "{kind}" and "{kind}s": use one of them')
+    value, items = one or many, []
     for entry in value if isinstance(value, list) else [value]:
         if entry is not None:
             items.append({"type": kind, **(entry if isinstance(entry, dict) else {kind: entry})})

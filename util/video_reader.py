@@ -3,6 +3,7 @@
 import bisect
 import contextlib
 import itertools
+import math
 import os
 from collections.abc import Iterator
 from io import BytesIO
@@ -11,6 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import Interpolation
 
 # Codecs in which decoding can begin at every packet that is marked as a key frame, and those of
@@ -20,6 +22,8 @@ SEEKABLE_CODECS = {"h264", "hevc", "vp8", "vp9", "libdav1d", "av1", "mpeg2video"
 SKIPPING_CODECS = {"h264", "hevc", "mpeg2video"}
 # The nearest that swscale has to torchvision's antialiased bicubic: 52 dB on photographs.
 INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+# How files begin that name other files to open: HLS, and FFmpeg's concat.
+PLAYLISTS = (b"#EXTM3U", b"\xef\xbb\xbf#EXTM3U", b"ffconcat")
 ATTACHED_PICTURE = 1024  # a cover, not a video. Source: AV_DISPOSITION_ATTACHED_PIC, avformat.h
 
 
@@ -51,6 +55,20 @@ def _ebml_length(start: bytes, i: int) -> tuple[int | None, int]:
     return None if length == unknown else length, i + width
 
 
+def how_it_is_shown(frame: av.VideoFrame) -> tuple[int, bool]:
+    """Return how many quarter turns to the left a frame is shown, and whether mirrored after that.
+
+    Phones store it beside the frames, as a matrix. Source: libavutil/display.h.
+    """
+    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    if matrix is None:
+        return 0, False
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    is_mirrored = a * d < b * c
+    angle = math.degrees(math.atan2(b, -a if is_mirrored else a))
+    return round(-angle / 90) % 4, is_mirrored
+
+
 class VideoReader:
     """Gives the frames of a video at indices or times.
 
@@ -61,8 +79,10 @@ class VideoReader:
     av.error.FFmpegError, where there is no video or it is damaged.
 
     A file that was cut off is told where its header or index says how long it was: mp4, mov, mkv,
-    webm, avi. Of ts, mpg, flv, wmv, gif, fragmented mp4 and recordings of live streams that is not
-    known: cut off between two frames (fragments), they are read as shorter clips.
+    webm, avi, and of gif, which has an end. Of ts, mpg, flv, wmv, ogg, fragmented mp4 and
+    recordings of live streams that is not known: cut off between two frames (fragments), they are
+    read as shorter clips. Bytes damaged inside HEVC and VP9 can pass as wrong pixels: FFmpeg's
+    decoders do not tell.
     """
 
     def __init__(self, source: str | BytesIO, num_threads: int = 1):
@@ -70,8 +90,8 @@ class VideoReader:
             raise ValueError("not a file")  # a pipe or a device could block for ever
         self._source, self._num_threads, self._container = source, num_threads, None
         try:
+            self._check_bytes()
             self._open()
-            self._check_length()
             self._scan()
         except BaseException:
             self.close()
@@ -110,15 +130,24 @@ class VideoReader:
         self._decoder.thread_count, self._decoder.thread_type = self._num_threads, "AUTO"
         self.codec = self._decoder.name
 
-    def _check_length(self) -> None:
-        if isinstance(self._source, BytesIO):
-            start, length = self._source.getbuffer()[:256].tobytes(), len(self._source.getbuffer())
-        else:
-            with open(self._source, "rb") as file:
-                start, length = file.read(256), os.path.getsize(self._source)
+    def _check_bytes(self) -> None:
+        """Raise ValueError where the file names other files, or its bytes say it was cut off."""
+        with contextlib.ExitStack() as stack:
+            file = self._source
+            if isinstance(file, str):
+                file = stack.enter_context(open(file, "rb"))
+            file.seek(0)
+            start = file.read(256)
+            length = file.seek(0, os.SEEK_END)
+            file.seek(max(0, length - 64))
+            end = file.read().rstrip(b"\0")
+        if start.startswith(PLAYLISTS):
+            raise ValueError("a playlist is no video")
         declared = declared_length(start)
         if declared and length < declared:
             raise ValueError(f"the file is cut off: {length:,} of {declared:,} bytes")
+        if start.startswith(b"GIF8") and not end.endswith(b";"):
+            raise ValueError("the file is cut off: a GIF ends in a semicolon")
 
     def _scan(self) -> None:
         # Packets tell the presentation time of every frame, and where decoding can begin, without
@@ -129,31 +158,46 @@ class VideoReader:
                 first = next(iter(self._decoder.decode(packet if packet.size else None)), None)
             num_packets += packet.dts is not None or packet.size > 0
             if packet.size:
-                times = (packet.pts, packet.dts)
-                packets.append((*times, packet.is_keyframe, packet.is_discard))
+                # The first byte of VP8 says whether a frame is shown (RFC 6386, section 9.1).
+                is_hidden = self.codec == "vp8" and not memoryview(packet)[0] & 0x10
+                is_hidden = packet.is_discard or is_hidden
+                packets.append((packet.pts, packet.dts, packet.is_keyframe, is_hidden))
         if first is None or all(is_hidden for *_, is_hidden in packets):
             raise ValueError("no frame of the video can be decoded")
         if num_packets < len(self._stream.index_entries):
             raise ValueError(
                 f"the file is cut off: {num_packets} of {len(self._stream.index_entries)} frames"
             )
-        # Phones store how the picture is turned beside the frames, in degrees to the left.
-        self._quarter_turns = round(first.rotation / 90) % 4
+        self._quarter_turns, self._is_mirrored = how_it_is_shown(first)
         turned = self._quarter_turns % 2
         self.size = (first.width, first.height) if turned else (first.height, first.width)
-        self._set_times(packets)
+        self._set_times(packets, first.pts)
 
-    def _set_times(self, packets: list[tuple]) -> None:
+    def _set_times(self, packets: list[tuple], first_pts: int | None) -> None:
         """Set the times of all frames from packets: (pts, dts, is a key frame, is not shown)."""
-        shown = [pts for pts, _, _, is_hidden in packets if not is_hidden]
         rate, time_base = self._stream.average_rate, self._stream.time_base
+        decoding_times = [dts * time_base for _, dts, _, _ in packets if dts is not None]
+        # Of recordings that were joined. Some muxers go back by a frame or two.
+        restarts = any(a > b + 0.5 for a, b in itertools.pairwise(decoding_times))
+        if first_pts is not None and not restarts:
+            # A clip that was cut out begins with frames that refer to what is no longer there. In
+            # Matroska these can be at negative times, which come as none.
+            is_untimed_lost = "matroska" in self._container.format.name
+            packets = [
+                (pts, *rest, is_hidden or (is_untimed_lost if pts is None else pts < first_pts))
+                for pts, *rest, is_hidden in packets
+            ]
+        shown = [pts for pts, _, _, is_hidden in packets if not is_hidden]
         # AVI has no presentation times: what comes as such is wrong where frames are reordered.
         reorders = self._container.format.name == "avi" and self._decoder.has_b_frames
-        self._is_counted = None in shown or len(set(shown)) < len(shown) or bool(reorders)
-        if self._is_counted:
+        has_times = None not in shown and not reorders and not restarts
+        if not has_times:
             shown, time_base = range(len(shown)), 1 / (rate or self._stream.guessed_rate or 1)
-        self._times = sorted(shown)
-        self.seconds = (np.array(self._times) - self._times[0]) * float(time_base)
+        shown = sorted(shown)
+        # What a frame is found by: its time, or, where two have the same, its number.
+        self._is_counted = not has_times or len(set(shown)) < len(shown)
+        self._times = list(range(len(shown))) if self._is_counted else shown
+        self.seconds = (np.array(shown) - shown[0]) * float(time_base)
         last = self.seconds[-1]
         measured = (len(shown) - 1) / last if last > 0 else float(rate or 1)
         # Times may be rounded to milliseconds; the header has the exact rate, if it is right.
@@ -262,4 +306,5 @@ class VideoReader:
             height, width = width, height
         threads = self._num_threads
         rgb = frame.reformat(width, height, "rgb24", interpolation=INTERPOLATION, threads=threads)
-        return np.rot90(rgb.to_ndarray(), self._quarter_turns)
+        pixels = np.rot90(rgb.to_ndarray(), self._quarter_turns)
+        return pixels[:, ::-1] if self._is_mirrored else pixels

@@ -27,6 +27,8 @@ MAX_VIDEO_TOKENS = 128000
 MIN_FRAME_TOKENS = 128
 MAX_IMAGE_TOKENS = 16384
 MAX_ASPECT_RATIO = 200
+# Where a PNG can say how it is turned: its own chunk, as ImageMagick writes it, as Adobe does.
+PNG_EXIF_KEYS = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
 
 
 # ---------------------------------------------------------------- the pixel policy
@@ -373,7 +375,7 @@ def image_size(source: str | BytesIO | Image.Image) -> tuple[int, int]:
 
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation of an opened picture, 1 to 8, from its header."""
-    if image.format == "PNG" and "exif" not in image.info:
+    if image.format == "PNG" and not image.info.keys() & PNG_EXIF_KEYS:
         return 1  # getexif() would decode the whole picture to look behind it
     if image.format == "TIFF":
         return 1  # Pillow itself turns these
@@ -389,7 +391,11 @@ def read_image(source: str | BytesIO | Image.Image) -> torch.Tensor:
         if image.mode == "F":
             raise ValueError("pixels in floating point have no fixed range: store them as 8 bits")
         if image.mode.startswith("I"):  # 16 bits: convert("RGB") would clip instead of scaling
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            pixels = np.asarray(image)
+            # Pillow opens 16-bit PGM as mode I too; of 32 bits, nobody knows what is white.
+            if image.mode == "I" and not (pixels.min() >= 0 and 256 <= pixels.max() < 65536):
+                raise ValueError("pixels of 32 bits have no fixed range: store them as 8 bits")
+            image = Image.fromarray((pixels >> 8).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
