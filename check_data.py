@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import transformers
 
-from util.config import Config, UserError, fill_defaults, parse_config, run_main
+from util.config import TINY_NOTICE, Config, UserError, fill_defaults, parse_config, run_main
 from util.data_util import Records, parse_conversation
 from util.flops_util import PEAK_FLOPS, PUBLISHED_SHAPES, FlopCounter, published_config
 from util.model_util import base_folder, build_encoder, choose_device, find_model, load_processor
@@ -190,7 +190,15 @@ def add_flags(parser) -> None:
 
 def main() -> None:
     config, extra = parse_config(extra=add_flags)
-    config = fill_defaults(config, choose_device(config.device).type)
+    device = choose_device(config.device)
+    if config.model_name_or_path is None and device.type == "cpu":
+        print(TINY_NOTICE)
+    config = fill_defaults(config, device.type)
+    print(
+        f"as {config.model_name_or_path} reads it: images of {config.min_pixels} to "
+        f"{config.max_pixels} pixels, video frames up to {config.video_max_pixels} at "
+        f"{config.video_fps:g} a second, at most {config.max_tokens:,} tokens a sample"
+    )
     if extra.plan is not None:
         return print_plan(config, extra.plan)
     folder = find_model(config.model_name_or_path, with_weights=False)

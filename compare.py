@@ -21,7 +21,7 @@ import jinja2
 
 from util.config import UserError, run_main
 from util.data_util import media_of, parse_conversation, text_of
-from util.page_util import draw_curves, embed, mark_differences
+from util.page_util import draw_curves, embed, make_visible, mark_differences
 from util.score_util import Metric, character_error_rate, exact_match, load_metric, score_all
 
 TEMPLATE = Path(__file__).parent / "util" / "compare_template.html"
@@ -42,8 +42,11 @@ def load_answers(path: str) -> dict:
             row["seconds"] = float(row["seconds"])
         return {
             "path": path,
-            "model": str(saved["model"]),
-            "settings": {str(name): str(value) for name, value in saved["settings"].items()},
+            "model": make_visible(str(saved["model"])),
+            "settings": {
+                make_visible(str(name)): make_visible(str(value))
+                for name, value in saved["settings"].items()
+            },
             "metrics": saved.get("metrics"),
             "answers": rows,
         }
@@ -90,10 +93,10 @@ def compare_prompt(rows: list[dict], folder: Path, metric: Metric | None) -> dic
         verdict = "better" if answers[1]["rank"] > answers[0]["rank"] else "worse"
         groups.append(verdict)
     return {
-        "id": rows[0]["id"],
-        "turns": [(message["role"], text_of(message)) for message in rows[0]["messages"]],
+        "id": make_visible(rows[0]["id"]),
+        "turns": [(m["role"], make_visible(text_of(m))) for m in rows[0]["messages"]],
         "media": [embed(item, folder) for _, item in media_of(rows[0]["messages"])],
-        "reference": reference,
+        "reference": reference and make_visible(reference),
         "answers": answers,
         "verdict": verdict,
         "groups": groups,
@@ -156,6 +159,10 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     metric = load_metric(arguments.metric)
+    if Path(arguments.output).resolve() in (
+        Path(p).resolve() for p in (arguments.first, arguments.second)
+    ):
+        raise UserError(f"--output {arguments.output}: would overwrite the answers")
     files = [load_answers(arguments.first), load_answers(arguments.second)]
     check_same_prompts(files)
     for file, other in zip(files, reversed(files)):
@@ -166,7 +173,7 @@ def main() -> None:
         Path(arguments.output).write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"--output {arguments.output}: cannot be written: {error}") from error
-    print(f"{arguments.output}: {len(files[0]['answers'])} prompts, {len(page) / 2**20:.1f} MiB")
+    print(f"{arguments.output}: {len(files[0]['answers'])} prompts, {len(page) / 2**10:,.0f} KiB")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,14 @@ from util.checkpoint_util import (
     rewind_files,
     save_checkpoint,
 )
-from util.config import Config, UserError, fill_defaults, parse_config, run_main  # single
+from util.config import (
+    TINY_NOTICE,
+    Config,
+    UserError,
+    fill_defaults,
+    parse_config,
+    run_main,  # single
+)
 from util.flops_util import Throughput
 from util.generate_util import score_answers
 from util.logutil import (
@@ -85,6 +92,8 @@ def train(
     throughput = Throughput(model, data, config, device)
     progress = tqdm(total=num_steps, initial=first_step, unit="step", disable=None)  # single
     stop, eval_loss, num_bad_steps = StopSignal(), None, 0
+    if data.problems and first_step == 0:
+        metrics_file.append({"global_step": 0, "num_bad_samples": len(data.problems)})
     if eval_data and first_step == 0:
         scores = evaluate(config, model, build_inputs, eval_data, autocast, device)
         eval_loss = scores["eval_loss"]
@@ -157,6 +166,7 @@ def train(
         if global_step % max(1, num_steps // 20) == 0:
             logger.info(f"step {global_step:>7,}/{num_steps:,}   {line}")
 
+        eval_loss = None  # else that of these very weights
         if eval_data and (global_step % config.eval_steps == 0 or global_step == num_steps):
             scores = evaluate(config, model, build_inputs, eval_data, autocast, device)
             eval_loss = scores["eval_loss"]
@@ -177,20 +187,20 @@ def evaluate(config: Config, model, build_inputs, data: PlannedData, autocast, d
 
     Nothing of the training changes.
     """
-    loss_sum, num_supervised_tokens = torch.zeros((), device=device), 0
+    loss_sum, num_supervised_tokens = torch.zeros(2, device=device)
     num_steps = data.plan.num_steps_per_epoch
     rank = 0  # single
     micro_batches = load_micro_batches(data, 0, num_steps, config, device, rank)
     for step in data.plan.steps(0, num_steps):
-        num_supervised_tokens += step.num_supervised_tokens
         for micro_batch in islice(micro_batches, len(step.micro_batches[0])):
             with autocast:
                 logits = model(**build_inputs(micro_batch)).logits
             targets = micro_batch.targets.to(device, non_blocking=True)
             loss_sum += cross_entropy_sum(logits, targets)
+            num_supervised_tokens += len(targets)
             for problem in micro_batch.problems:
                 logger.warning(f"left out   {problem}")
-    result = {"eval_loss": loss_sum.item() / num_supervised_tokens}
+    result = {"eval_loss": (loss_sum / num_supervised_tokens).item()}
     if config.eval_generate:
         with autocast:
             result |= score_answers(config, model, build_inputs, data)
@@ -202,10 +212,7 @@ def main() -> None:
     config = parse_config()
     device = choose_device(config.device)
     if config.model_name_or_path is None and device.type == "cpu":  # single
-        tqdm.write(
-            "*** No NVIDIA device: training the embedded TINY model, a toy with random weights.\n"
-            "*** For the real one: --model_name_or_path Qwen/Qwen2-VL-2B-Instruct (or a folder)."
-        )
+        tqdm.write(TINY_NOTICE)
     checkpoint = find_checkpoint(config) if config.resume_from else None  # single
     config = fill_defaults(config, device.type, checkpoint and checkpoint.parent)
     check_report_to(config.report_to)
@@ -239,7 +246,7 @@ def main() -> None:
     train(config, model, processor, data, eval_data, num_steps, device, checkpoint)
     export_model(model, processor, output_dir)  # single
     plot_loss(output_dir / "metrics.jsonl", output_dir / "loss.png")  # single
-    log_left_out(data.problems, output_dir / "metrics.jsonl")  # single
+    log_left_out(output_dir / "metrics.jsonl")  # single
     logger.info(
         f"done       in {time.perf_counter() - started:.0f} s. Compare: "
         f"python test_on_trained_model_by_us.py --model_dir {output_dir}"

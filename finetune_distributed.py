@@ -29,13 +29,18 @@ from util.checkpoint_util import (
     rewind_files,
     save_checkpoint,
 )
-from util.config import Config, UserError, fill_defaults, parse_config  # dist
+from util.config import (
+    TINY_NOTICE,
+    Config,
+    UserError,
+    fill_defaults,
+    parse_config,
+)
 from util.distributed_util import (  # dist
     agree_on_signal,  # dist
     build_mesh,  # dist
     export_sharded_model,  # dist
     load_sharded_model,  # dist
-    main_process_first,  # dist
     main_process_metrics,  # dist
     on_main_process,  # dist
     rank_metrics,  # dist
@@ -95,6 +100,8 @@ def train(
     quiet = None if state.is_main_process else True  # dist
     progress = tqdm(total=num_steps, initial=first_step, unit="step", disable=quiet)  # dist
     stop, eval_loss, num_bad_steps = StopSignal(), None, 0
+    if data.problems and first_step == 0:
+        metrics_file.append({"global_step": 0, "num_bad_samples": len(data.problems)})
     if eval_data and first_step == 0:
         scores = evaluate(config, model, build_inputs, eval_data, autocast, device)
         eval_loss = scores["eval_loss"]
@@ -176,6 +183,7 @@ def train(
         if global_step % max(1, num_steps // 20) == 0:
             logger.info(f"step {global_step:>7,}/{num_steps:,}   {line}")
 
+        eval_loss = None  # else that of these very weights
         if eval_data and (global_step % config.eval_steps == 0 or global_step == num_steps):
             scores = evaluate(config, model, build_inputs, eval_data, autocast, device)
             eval_loss = scores["eval_loss"]
@@ -196,21 +204,22 @@ def evaluate(config: Config, model, build_inputs, data: PlannedData, autocast, d
 
     Nothing of the training changes.
     """
-    loss_sum, num_supervised_tokens = torch.zeros((), device=device), 0
+    loss_sum, num_supervised_tokens = torch.zeros(2, device=device)
     num_steps = data.plan.num_steps_per_epoch
     rank = PartialState().process_index  # dist
     micro_batches = load_micro_batches(data, 0, num_steps, config, device, rank)
     for step in data.plan.steps(0, num_steps):
-        num_supervised_tokens += step.num_supervised_tokens
         for micro_batch in islice(micro_batches, len(step.micro_batches[0])):
             with autocast:
                 logits = model(**build_inputs(micro_batch)).logits
             targets = micro_batch.targets.to(device, non_blocking=True)
             loss_sum += cross_entropy_sum(logits, targets)
+            num_supervised_tokens += len(targets)
             for problem in micro_batch.problems:
                 logger.warning(f"left out   {problem}")
-    loss_sum = reduce(loss_sum, "sum")  # dist
-    result = {"eval_loss": loss_sum.item() / num_supervised_tokens}
+    totals = torch.stack([loss_sum, num_supervised_tokens])  # dist
+    loss_sum, num_supervised_tokens = reduce(totals, "sum")  # dist
+    result = {"eval_loss": (loss_sum / num_supervised_tokens).item()}
     if config.eval_generate:
         with autocast:
             result |= score_answers(config, model, build_inputs, data)
@@ -227,10 +236,7 @@ def main() -> None:
     device, world_size = state.device, state.num_processes  # dist
     mesh, is_main = build_mesh(state, config.shard_size), state.is_main_process  # dist
     if is_main and config.model_name_or_path is None and device.type == "cpu":  # dist
-        tqdm.write(
-            "*** No NVIDIA device: training the embedded TINY model, a toy with random weights.\n"
-            "*** For the real one: --model_name_or_path Qwen/Qwen2-VL-2B-Instruct (or a folder)."
-        )
+        tqdm.write(TINY_NOTICE)
     checkpoint = on_main_process(find_checkpoint, config) if config.resume_from else None  # dist
     config = fill_defaults(config, device.type, checkpoint and checkpoint.parent)
     # All ranks write into the main one's folder: their clocks need not agree.  # dist
@@ -243,11 +249,11 @@ def main() -> None:
     folder = find_model(config.model_name_or_path)
     processor = load_processor(folder, config)
     encoder = build_encoder(folder, processor, config)
-    data = main_process_first(prepare_data, config.train_data, encoder, config, world_size)  # dist
+    once = on_main_process  # dist
+    data = prepare_data(config.train_data, encoder, config, world_size, once)  # dist
     eval_data = None
     if config.eval_data:
-        names = config.eval_data  # dist
-        eval_data = main_process_first(prepare_data, names, encoder, config, world_size)  # dist
+        eval_data = prepare_data(config.eval_data, encoder, config, world_size, once)  # dist
     num_steps = data.plan.num_steps_per_epoch * config.num_epochs
     num_steps = min(num_steps, config.max_steps or num_steps)
     check_fits(folder, config, device, mesh["shard"].size())  # dist
@@ -271,7 +277,7 @@ def main() -> None:
     export_sharded_model(model, processor, output_dir)  # dist
     if is_main:  # dist
         plot_loss(output_dir / "metrics.jsonl", output_dir / "loss.png")  # dist
-        log_left_out(data.problems, output_dir / "metrics.jsonl")  # dist
+        log_left_out(output_dir / "metrics.jsonl")  # dist
     logger.info(
         f"done       in {time.perf_counter() - started:.0f} s. Compare: "
         f"python test_on_trained_model_by_us.py --model_dir {output_dir}"

@@ -80,6 +80,12 @@ def stop_after(num_steps):
     finetune_distributed.learning_rate_at = signal_and_return
 
 
+def measure_badly():
+    """On rank 1, find every sample bad: what the main process finds must count."""
+    if RANK == 1:
+        plan_util._measure = lambda *_: "bad on this rank alone"
+
+
 def fail():
     raise torch.OutOfMemoryError("rank one ran out of memory")
 
@@ -153,6 +159,7 @@ HOOKS = {
     "raise": lambda: on_step(2, fail),
     "kill": lambda: on_step(2, lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "memory": record_memory,
+    "measure badly": measure_badly,
     "stop after 7": lambda: stop_after(7),
     "stop after 8": lambda: stop_after(8),
 }

@@ -108,8 +108,10 @@ def test_a_picture_that_changed_since_it_was_indexed_is_refused(run_main, tmp_pa
     data = write_data(tmp_path / "d.json", [[user(image(path)), assistant("x")]])
     run_main("--train_data", data)
     make_image(tmp_path / "a.png", 160, 160)
-    message = fails(run_main, "--train_data", data, "--output_dir", tmp_path / "out2")
-    has(message, "sample 0", "have changed", "index-")
+    for flags in ((), ("--on_bad_sample", "skip")):  # left out, nothing would be left to train
+        output = tmp_path / f"out{len(flags)}"
+        message = fails(run_main, "--train_data", data, "--output_dir", output, *flags)
+        has(message, "sample 0", "have changed", "index-")
 
 
 def test_a_sample_that_is_too_long(run_main, tmp_path):
@@ -131,7 +133,9 @@ def test_bad_samples_are_left_out_and_counted(run_main, tmp_path):
         assert place in log, log
     counted = "left out   altogether: 3 samples before the first step, and 1 in the steps"
     assert counted in log.splitlines()[-2], log
-    metrics = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    before, metrics = map(json.loads, lines)
+    assert before == {"global_step": 0, "num_bad_samples": 3}
     assert (metrics["num_samples"], metrics["num_bad_samples"]) == (2, 1)
     only_bad = write_data(tmp_path / "e.json", bad)
     flags = ("--on_bad_sample", "skip", "--output_dir", tmp_path / "out2")
@@ -148,6 +152,8 @@ def test_all_problems_are_told_at_once(run_main, tmp_path):
     "flags, words",
     [
         ({"batch_size": 0}, "--batch_size 0"),
+        ({"eval_generate": 5}, "needs --eval_data"),
+        ({"metric": "a.py:b"}, "needs --eval_generate"),
         ({"learning_rate": -1.0}, "--learning_rate"),
         ({"learning_rate": float("nan")}, "--learning_rate"),
         ({"warmup_ratio": 2.0}, "--warmup_ratio"),

@@ -1,10 +1,13 @@
 """Scores, the answers that the test scripts save, and the page that compare.py makes of them."""
 
+import base64
 import copy
+import io
 import json
 import re
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import (
@@ -21,6 +24,7 @@ from conftest import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import compare
 import test_on_official_model
@@ -278,7 +282,8 @@ def test_other_settings_are_named(answers, make_page, tmp_path):
     assert "Not only the models differ: max_pixels." in page
 
 
-HOSTILE = "</script></style></p><img src=x onerror=alert(1)>\"'`{{ 7 * 7 }}<!--\ud800"
+# U+202E turns the direction of what follows it.
+HOSTILE = "\u202e</script></style></p><img src=x onerror=alert(1)>\"'`{{ 7 * 7 }}<!--\ud800"
 
 
 def test_hostile_text_stays_text(answers, make_page, tmp_path):
@@ -296,6 +301,7 @@ def test_hostile_text_stays_text(answers, make_page, tmp_path):
     page = make_page(*paths)
     assert page.count("onerror=alert") > 20 and "<img src=x" not in page
     assert page.count("{{ 7 * 7 }}") > 20
+    assert "\u202e" not in page
     for tag in ("<script", "</script", "<style", "</style", "<!--"):
         assert page.count(tag) == before.count(tag)
 
@@ -310,6 +316,30 @@ def test_missing_media_are_named(answers, make_page, tmp_path, capsys):
     assert 'class="lost"' not in make_page(*answers)
 
 
+def test_every_source_that_the_data_may_have_is_shown(answers, make_page, tmp_path, capsys):
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(picture, "PNG")
+    data = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
+    frames = [make_image(tmp_path / f"{i}.png", 60, 80, i) for i in range(6)]
+    url = "https://example.com/cat.jpg"
+    saved = edited(answers[0], (0, {"messages": [user(image(data), video(frames), image(url))]}))
+    path = write(tmp_path / "x.json", saved)
+    page = make_page(path, path)
+    figures = re.findall(r"<figure.*?</figure>", page, re.S)
+    assert "<img" in figures[0] and "<figcaption>data:image/png</figcaption>" in figures[0]
+    assert "<img" in figures[1] and "0.png to 5.png &ndash; 3 of 6 frames" in figures[1]
+    still = base64.b64decode(re.search(r"base64,([^\"]*)", figures[1])[1])
+    assert Image.open(io.BytesIO(still)).size == (240, 60)
+    assert "not fetched from the network" in figures[2] and "cat.jpg" in figures[2]
+    printed = capsys.readouterr().err
+    assert url in printed and "base64" not in printed
+    # A clip in the data itself is shown by a frame.
+    clip = make_video(tmp_path / "a.mp4", 8, 64, 96)
+    data = "data:video/mp4;base64," + base64.b64encode(Path(clip).read_bytes()).decode()
+    path = write(tmp_path / "y.json", edited(answers[0], (0, {"messages": [user(video(data))]})))
+    assert "one frame" in re.findall(r"<figure.*?</figure>", make_page(path, path), re.S)[0]
+
+
 def test_media_are_found_beside_the_answers(answers, monkeypatch, tmp_path, run):
     monkeypatch.chdir(tmp_path)
     call(monkeypatch, compare, answers[0], answers[0])
@@ -321,6 +351,11 @@ def test_clips_that_cannot_be_embedded_show_a_frame(answers, make_page, monkeypa
     page = make_page(*answers)
     assert "<video" not in page and "not embedded" in page
     assert page.count("data:image/jpeg;base64,") == 2
+
+
+def test_the_answers_are_not_overwritten(answers, monkeypatch):
+    with pytest.raises(UserError, match="would overwrite the answers"):
+        call(monkeypatch, compare, *answers, "--output", answers[1])
 
 
 def test_other_prompts_are_an_error_that_names_them(answers, make_page, tmp_path):

@@ -157,6 +157,14 @@ def savers_case(data, output_dir):
     return {"argv": flags_of(**flags, precision="fp32", max_steps=4, output_dir=output_dir)}
 
 
+SKIP = {"precision": "fp32", "on_bad_sample": "skip"}
+
+
+def skip_case(data, output_dir):
+    flags = FLAGS | SKIP | {"train_data": data, "eval_data": data, "max_steps": 4}
+    return {"argv": flags_of(**flags, output_dir=output_dir), "hook": "measure badly"}
+
+
 def adversarial_case(data, output_dir, num_steps):
     flags = {"train_data": data, "precision": "fp32", "batch_size": 3, "num_epochs": 100}
     flags |= {"max_steps": num_steps, "max_tokens": 200, "output_dir": output_dir}
@@ -177,7 +185,7 @@ def copy_checkpoint(output_dir, step, other):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(mixed_data, split_data, unlike_data, twenty_steps, tmp_path_factory):
+def two_ranks(mixed_data, split_data, unlike_data, faulty_data, twenty_steps, tmp_path_factory):
     """Several runs of two ranks, one after the other: starting takes longer than running."""
     folder = tmp_path_factory.mktemp("two")
     copy_checkpoint(twenty_steps[0], 7, folder / "one-to-two")
@@ -188,6 +196,7 @@ def two_ranks(mixed_data, split_data, unlike_data, twenty_steps, tmp_path_factor
         case_of_20_steps(mixed_data, folder / "one-to-two", **latest),
         *(fp32_case(mixed_data, folder / f"fp32-{size}", size) for size in (1, 2)),
         savers_case(mixed_data, folder / "savers"),
+        skip_case(faulty_data, folder / "skip"),
         bf16_case(split_data[0], folder / "bf16", 5),
         bf16_case(split_data[0], folder / "bf16-lora", 5, lora_rank=4),
         adversarial_case(unlike_data, folder / "adversarial", 20),
@@ -199,6 +208,19 @@ def two_ranks(mixed_data, split_data, unlike_data, twenty_steps, tmp_path_factor
 @pytest.mark.parametrize("shard_size", [1, 2])
 def test_two_ranks_do_not_change_the_run(shard_size, alone, two_ranks):
     check_same_run(two_ranks / f"fp32-{shard_size}", *alone)
+
+
+def test_two_ranks_leave_out_what_one_process_leaves_out(
+    two_ranks, faulty_data, tiny_folder, tmp_path
+):
+    flags = SKIP | {"eval_data": [faulty_data]}
+    metrics, _ = train_alone(faulty_data, tiny_folder, tmp_path / "a", 4, **flags)
+    assert metrics[0] == {"global_step": 0, "num_bad_samples": 1}
+    assert sum(row.get("num_bad_samples", 0) for row in metrics) > 1
+    for step, other in zip(read_metrics(two_ranks / "skip"), metrics, strict=True):
+        assert step.get("num_bad_samples") == other.get("num_bad_samples")
+        for name in {"loss", "eval_loss"} & set(step):
+            assert step[name] == pytest.approx(other[name], rel=1e-5)
 
 
 def test_two_ranks_train_the_adapter_of_one(two_ranks, mixed_data, tiny_folder, tmp_path):
@@ -499,6 +521,19 @@ def unlike_data(tmp_path_factory):
         folder / "data.json",
         [[user(*media[i % 3], text(f"What {i}?")), assistant(f"That {i}.")] for i in range(12)],
     )
+
+
+@pytest.fixture(scope="module")
+def faulty_data(tmp_path_factory):
+    """16 samples: one without its picture, one with half of it, which only decoding finds."""
+    folder = tmp_path_factory.mktemp("faulty")
+    pictures = [Path(make_image(folder / f"{i}.png", 80, 90, i)) for i in range(8)]
+    pictures[2].write_bytes(pictures[2].read_bytes()[:2000])
+    pictures[5].unlink()
+    samples = [[user(text(f"What {i}?")), assistant(f"That {i}. " * (i % 5))] for i in range(16)]
+    for i, path in enumerate(pictures):
+        samples[2 * i][0]["content"].append(image(str(path)))
+    return write_data(folder / "data.json", samples)
 
 
 def test_ranks_with_unlike_samples_do_not_hang(two_ranks):

@@ -88,8 +88,11 @@ def make_output_dir(config: Config, checkpoint: Path | None) -> Path:
                 f"{checkpoint.parent}"
             )
     elif output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        hint = ": --resume_from latest goes on with it" if list_checkpoints(output_dir) else ""
-        raise UserError(f"--output_dir {output_dir}: exists and is not an empty folder{hint}")
+        hint = "--resume_from latest goes on with it, or " if list_checkpoints(output_dir) else ""
+        raise UserError(
+            f"--output_dir {output_dir}: exists and is not an empty folder: {hint}choose another "
+            "one, or delete it"
+        )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir):
@@ -256,7 +259,10 @@ def find_checkpoint(config: Config) -> Path:
         if not (problem := damage(folder)):
             return folder
         logger.warning(f"{folder} is damaged ({problem}): going back to the one before")
-    raise UserError(f"--resume_from latest: {output_dir} holds no usable checkpoint")
+    raise UserError(
+        f"--resume_from latest: {output_dir} holds no usable checkpoint: start anew, with another "
+        "--output_dir"
+    )
 
 
 def _newest_run_with_checkpoints() -> Path:

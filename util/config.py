@@ -31,6 +31,9 @@ TINY_DEFAULTS = {
     "video_max_pixels": 32 * 28 * 28,
 }
 LORA_LEARNING_RATE = 1e-4
+TINY_NOTICE = """\
+*** No NVIDIA device: this is about the embedded TINY model, a toy with random weights.
+*** For the real one: --model_name_or_path Qwen/Qwen2-VL-2B-Instruct (or a folder)."""
 
 
 def _left_out(name: str) -> str:
@@ -172,6 +175,10 @@ class Config:
             raise UserError(
                 f"--train {' '.join(self.train)}: must be all, or any of llm, vision, merger"
             )
+        if self.eval_generate and not self.eval_data:
+            raise UserError("--eval_generate: answers held-out data, so it needs --eval_data")
+        if self.metric and not self.eval_generate:
+            raise UserError("--metric: scores answers, so it needs --eval_generate")
         if not 0 <= self.warmup_ratio <= 1:
             raise UserError(f"--warmup_ratio {self.warmup_ratio}: must be between 0 and 1")
         if self.max_pixels is not None and self.min_pixels > self.max_pixels:

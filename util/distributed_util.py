@@ -78,12 +78,6 @@ def on_main_process(function, *arguments):
     return broadcast_object_list(result)[0]
 
 
-def main_process_first(function, *arguments):
-    """Run `function` on all ranks; those of a machine read what its first one has written."""
-    with PartialState().local_main_process_first():
-        return function(*arguments)
-
-
 def main_process_metrics(config: Config) -> MetricsFile:
     """Return the metrics file of the run on the main process; elsewhere one that keeps nothing."""
     if not PartialState().is_main_process:

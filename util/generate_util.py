@@ -30,6 +30,7 @@ from util.model_util import (
     load_model_to_answer,
     load_processor,
 )
+from util.page_util import make_visible
 from util.plan_util import PlannedData
 from util.sample_util import Sample, SampleEncoder
 from util.score_util import load_metric, score_all
@@ -52,8 +53,10 @@ def parse_arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", help="hub name, local folder, or tiny")
     parser.add_argument("--model_dir", help="folder of a run. Left out: the newest in train_output")
     parser.add_argument("--prompts", default="test_data/prompts.json", help="what to ask")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer, in tokens")
-    parser.add_argument("--batch_size", type=int, default=4, help="prompts answered at once")
+    parser.add_argument(
+        "--max_new_tokens", type=positive, default=128, help="longest answer, in tokens"
+    )
+    parser.add_argument("--batch_size", type=positive, default=4, help="prompts answered at once")
     parser.add_argument("--device", help="cuda, cuda:1, cpu. Left out: cuda, else cpu")
     parser.add_argument("--save", metavar="FILE", help="write the answers as JSON, for compare.py")
     parser.add_argument(
@@ -62,13 +65,19 @@ def parse_arguments(description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
+def positive(text: str) -> int:
+    """Return a number of a flag. Raises what argparse reports where it is not above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number above 0")
+    return int(text)
+
+
 def newest_run(model_dir: str | None = None) -> Path | None:
     """Return `model_dir`, or the newest finished run under train_output, or None."""
     if model_dir:
         if not is_model_folder(model_dir):
-            raise UserError(
-                f"--model_dir {model_dir}: is not a model folder: it has no config.json"
-            )
+            problem = "it has no config.json" if Path(model_dir).is_dir() else "there is none"
+            raise UserError(f"--model_dir {model_dir}: is not a model folder: {problem}")
         return Path(model_dir)
     runs = [path for path in Path("train_output").glob("*") if is_model_folder(path)]
     return max(runs, key=lambda path: path.stat().st_mtime, default=None)
@@ -103,6 +112,9 @@ def answer_prompts(name: str, config: Config, arguments: argparse.Namespace) -> 
     folder = find_model(name)
     processor = load_processor(folder, config)
     encoder = build_encoder(folder, processor, config)
+    # What is wrong with a prompt is told before the model is loaded.
+    for prompt in prompts:
+        encode_prompts(arguments.prompts, [prompt], encoder)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     is_flash = choose_attention(device, "bf16") == "flash_attention_2"
     attention = "flash_attention_2" if is_flash else "sdpa"
@@ -332,7 +344,7 @@ def print_answer(prompt: Prompt, answer: str) -> None:
         items = [item for _, item in media_of([message])]
         media = [f"[{item['type']} {describe_media(item[item['type']])}] " for item in items]
         print(f"{message['role']}: {''.join(media)}{text_of(message)}")
-    print(f"answer: {answer}")
+    print(f"answer: {make_visible(answer)}")
     if prompt.reference is not None:
         print(f"reference: {prompt.reference}")
     print(flush=True)

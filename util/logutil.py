@@ -169,18 +169,20 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
-def log_left_out(problems: list[str], metrics_file: Path) -> None:
-    """Say how many samples a run was without, where there are any.
+def log_left_out(metrics_file: Path) -> None:
+    """Say how many samples a run was without, also before a resume, where there are any.
 
-    `problems` are those of the data. Those that only decoding found are counted step by step in
-    the metrics, so also before a resume.
+    Those that were known before the first step stand at step 0 of the metrics, those that only
+    decoding found at the steps that they belonged to.
     """
-    lines = metrics_file.read_text(encoding="utf-8").splitlines()
-    num_undecodable = sum(json.loads(line).get("num_bad_samples", 0) for line in lines)
-    if problems or num_undecodable:
+    rows = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
+    counts = [(row["global_step"], row.get("num_bad_samples", 0)) for row in rows]
+    before = sum(count for step, count in counts if step == 0)
+    undecodable = sum(count for step, count in counts if step > 0)
+    if before or undecodable:
         logger.warning(
-            f"left out   altogether: {len(problems):,} samples before the first step, and "
-            f"{num_undecodable:,} in the steps, where they could not be decoded"
+            f"left out   altogether: {before:,} samples before the first step, and "
+            f"{undecodable:,} in the steps, where they could not be decoded"
         )
 
 

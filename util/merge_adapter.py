@@ -6,6 +6,7 @@ The base is the one that the adapter names; the result has the dtype of its file
 """
 
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -32,7 +33,10 @@ def merge_adapter(adapter: str, output_dir: str) -> None:
 def main() -> None:
     if len(sys.argv) != 3:
         raise UserError("usage: python -m util.merge_adapter ADAPTER OUTPUT")
+    # peft 0.21.2 asks transformers 5.23.0 by an old name; gone when PEFT uses the new one.
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated", FutureWarning)
     merge_adapter(*sys.argv[1:])
+    print(f"merged into {sys.argv[2]}")
 
 
 if __name__ == "__main__":

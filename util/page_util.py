@@ -9,14 +9,16 @@ import re
 import sys
 from pathlib import Path
 
+import torch
 from PIL import Image
 
-from util.media_source import check_local_file
+from util.media_source import describe, local_path, resolve
 from util.video_reader import VideoReader
 from util.vision_util import read_image
 
 MAX_PICTURE_SIDE = 720  # pixels; larger pictures are shrunk
 MAX_CLIP_BYTES = 16 * 2**20  # larger clips are shown by one frame
+MAX_FRAMES_SHOWN = 4  # of a clip that is a list of pictures
 # What browsers play. Phones write .mov, which is .mp4 under another name.
 CLIP_TYPES = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mp4", ".webm": "webm", ".ogv": "ogg"}
 # A word of text, or one character of a script that is written without spaces (Chinese, Japanese).
@@ -60,40 +62,66 @@ def data_uri(content: bytes, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
-def picture_uri(image: Image.Image) -> str:
-    """Return a picture as a data URI, shrunk to what a page needs."""
-    image.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))
+def picture_uri(pictures: list[torch.Tensor]) -> str:
+    """Return pictures (3, height, width) uint8, side by side and shrunk, as a data URI."""
+    images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
+    widths, height = [image.width for image in images], max(image.height for image in images)
+    strip = Image.new("RGB", (sum(widths), height))
+    for i, image in enumerate(images):
+        strip.paste(image, (sum(widths[:i]), 0))
+    strip.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
+    strip.save(buffer, "JPEG", quality=85)
     return data_uri(buffer.getvalue(), "image/jpeg")
 
 
 def embed(item: dict, folder: Path) -> dict:
     """Return a picture or clip as the template wants it: type, name, uri, still, note.
 
-    `uri` is None for a clip that is not embedded, `still` the middle frame of a clip. What cannot
-    be read is named on the page and on the terminal.
+    `uri` is None for a clip that is not embedded, `still` the middle frame of a clip, or some of a
+    list. What cannot be read is named on the page and on the terminal.
     """
-    path = item[item["type"]]
-    media = {"type": item["type"], "name": Path(path).name, "uri": None, "still": None, "note": ""}
-    found = next((p for p in (Path(path), folder / path) if p.exists()), Path(path))
+    source = item[item["type"]]
+    name = make_visible(_name(source))
+    media = {"type": item["type"], "name": name, "uri": None, "still": None, "note": ""}
     try:
-        check_local_file(str(found))
+        if isinstance(source, list):
+            shown = source[:: -(-len(source) // MAX_FRAMES_SHOWN)]
+            still = picture_uri([read_image(_find(frame, folder)) for frame in shown])
+            return media | {"still": still, "note": f"{len(shown)} of {len(source)} frames"}
+        found = _find(source, folder)
         if item["type"] == "image":
-            pixels = read_image(str(found)).permute(1, 2, 0).numpy()
-            return media | {"uri": picture_uri(Image.fromarray(pixels))}
-        with VideoReader(str(found)) as reader:
-            frame = reader.get_frames_at([len(reader) // 2], *reader.size)[0]
-            media["still"] = picture_uri(Image.fromarray(frame.permute(1, 2, 0).numpy()))
-        if found.suffix.lower() not in CLIP_TYPES:
-            return media | {"note": f"one frame: browsers do not play {found.suffix or 'this'}"}
-        if found.stat().st_size > MAX_CLIP_BYTES:
+            return media | {"uri": picture_uri([read_image(found)])}
+        with VideoReader(found) as reader:
+            frames = reader.get_frames_at([len(reader) // 2])
+        media["still"] = picture_uri(list(frames))
+        kind = "" if isinstance(found, io.BytesIO) else Path(found).suffix.lower()
+        if kind not in CLIP_TYPES:
+            return media | {"note": f"one frame: browsers do not play {kind or 'this'}"}
+        content = Path(found).read_bytes()
+        if len(content) > MAX_CLIP_BYTES:
             return media | {"note": f"one frame: over {MAX_CLIP_BYTES >> 20} MiB, not embedded"}
-        kind = CLIP_TYPES[found.suffix.lower()]
-        return media | {"uri": data_uri(found.read_bytes(), f"video/{kind}")}
+        return media | {"uri": data_uri(content, f"video/{CLIP_TYPES[kind]}")}
     except Exception as error:  # whatever a decoder throws: the page says which file it was
-        print(f"warning: {path}: cannot be shown: {error}", file=sys.stderr)
-        return media | {"note": f"cannot be shown: {error}"}
+        print(f"warning: {describe(source)}: cannot be shown: {error}", file=sys.stderr)
+        return media | {"note": make_visible(f"cannot be shown: {error}")}
+
+
+def _name(source: str | list) -> str:
+    """Return what to call a source below its picture."""
+    if isinstance(source, list):
+        return f"{_name(source[0])} to {_name(source[-1])}"
+    return source.partition(";")[0] if source.startswith("data:") else Path(source).name
+
+
+def _find(source: str, folder: Path) -> str | io.BytesIO:
+    """Return a source as a path, in the current folder or in `folder`, or as its bytes."""
+    if source.startswith(("http://", "https://")):
+        raise ValueError("it is not fetched from the network")
+    if source.startswith("data:"):
+        return resolve(source)
+    path = local_path(source)
+    return resolve(next((str(p) for p in (Path(path), folder / path) if p.exists()), path))
 
 
 def read_curve(path: str, folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -109,16 +137,22 @@ def read_curve(path: str, folder: Path) -> dict[str, list[tuple[int, float]]]:
         print(f"warning: {path}: no loss curve: {error!r}", file=sys.stderr)
         return {}
     points = {name: [p for p in line if math.isfinite(p[1])] for name, line in points.items()}
-    window = max(1, len(points["loss"]) // 20)
+    window = mean_window(len(points["loss"]))
     recent = [points["loss"][max(0, i - window + 1) : i + 1] for i in range(len(points["loss"]))]
     points["mean"] = [(part[-1][0], sum(value for _, value in part) / len(part)) for part in recent]
     return points
 
 
+def mean_window(num_steps: int) -> int:
+    """Return over how many of so many steps the mean of a loss curve is taken."""
+    return max(1, num_steps // 20)
+
+
 def draw_curves(files: list[dict]) -> dict | None:
     """Return the loss curves of the runs as the template draws them, None where there is none.
 
-    `width` and `height` of the drawing area; `lines`: (file number, name, SVG points);
+    `width` and `height` of the drawing area; `window`: steps that a mean is over; `lines`: (file
+    number, name, SVG points);
     `x_ticks` and `y_ticks`: (position, label).
     """
     width, height = 400, 150
@@ -142,6 +176,7 @@ def draw_curves(files: list[dict]) -> dict | None:
     return {
         "width": width,
         "height": height,
+        "window": mean_window(max(len(curve.get("loss", [])) for curve in curves)),
         "lines": [
             (side, name, " ".join(place(*point) for point in line))
             for side, curve in enumerate(curves)

@@ -111,7 +111,9 @@ def _run_all(function, title: str, numbers: np.ndarray, records: Records, encode
     )
     # Closed as this function ends, however it does, which ends the processes.
     with contextlib.closing(result for results in loader for result in results) as results:
-        bar = tqdm(results, title, len(numbers), leave=False, disable=None, unit=" samples")
+        bar = tqdm(
+            results, title, len(numbers), leave=num_workers > 0, disable=None, unit=" samples"
+        )
         yield from zip(numbers, bar)
 
 
@@ -365,6 +367,10 @@ def vision_inputs(grids: torch.Tensor, vision_tower) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------- the loader
 
 
+class StaleIndex(str):
+    """Says which sample is not what it was when it was indexed: no plan can hold with it."""
+
+
 class SampleDataset(Dataset):
     """Sample number -> Sample, or the error message where it cannot be had."""
 
@@ -380,7 +386,7 @@ class SampleDataset(Dataset):
         except ValueError as error:
             return f"{self.records.where(i)}: {error}"
         if len(sample.input_ids) != self.index.num_tokens[i]:
-            return (
+            return StaleIndex(
                 f"{self.records.where(i)}: has {len(sample.input_ids)} tokens now, but "
                 f"{self.index.num_tokens[i]} when it was indexed: its media have changed. Delete "
                 f"{CACHE_DIR}/index-*.npy and start again"
@@ -405,14 +411,22 @@ class PlannedData:
     problems: list[str]  # why samples are left out of the plan
 
 
-def prepare_data(names: list[str], encoder: SampleEncoder, config, world_size: int) -> PlannedData:
+def prepare_data(
+    names: list[str], encoder: SampleEncoder, config, world_size: int, run_once=None
+) -> PlannedData:
     """Index and plan the data files `names`.
+
+    `run_once(function, *arguments)` calls a function on one rank for all. Ranks that measured for
+    themselves could find other samples bad, and then have other plans.
 
     Raises UserError with what is wrong with them; with --on_bad_sample skip, only where nothing
     is left.
     """
     records = Records(names)
-    index, problems = build_index(records, encoder)
+    if run_once:
+        index, problems = run_once(build_index, records, encoder)
+    else:
+        index, problems = build_index(records, encoder)
     problems += check_lengths(records, index, config.max_tokens, encoder)
     if config.on_bad_sample == "stop":
         raise_problems(problems)
@@ -430,7 +444,8 @@ def load_micro_batches(
     """Yield the micro-batches of steps `first_step` up to, without, `last_step`, for one rank.
 
     Worker processes read ahead. Raises UserError with the message of the first sample that cannot
-    be read, or, with --on_bad_sample skip, leaves it out and its message in `problems`.
+    be read, or, with --on_bad_sample skip, leaves it out and its message in `problems`. Samples
+    that have changed since they were indexed are never left out.
     """
     steps = data.plan.steps(first_step, last_step)
     loader = DataLoader(
@@ -441,8 +456,14 @@ def load_micro_batches(
         **_worker_settings(config.num_workers),
     )
     for micro_batch in loader:
-        if micro_batch.problems and config.on_bad_sample == "stop":
-            raise UserError(micro_batch.problems[0])
+        for problem in micro_batch.problems:
+            if isinstance(problem, StaleIndex):
+                raise UserError(problem)
+            if config.on_bad_sample == "stop":
+                raise UserError(
+                    f"{problem}. Mend it, or train with --on_bad_sample skip; check_data.py "
+                    "--decode finds all such samples at once"
+                )
         yield micro_batch
 
 
