@@ -21,6 +21,7 @@ from util.checkpoint_util import (
     EXIT_STOPPED,
     StopSignal,
     check_same_run,
+    export_at_last,
     find_checkpoint,
     load_checkpoint,
     make_output_dir,
@@ -116,20 +117,22 @@ def train(
                 logits = model(**build_inputs(micro_batch)).logits
             targets = micro_batch.targets.to(device, non_blocking=True)
             loss_sum = cross_entropy_sum(logits, targets)
+            del logits  # or those of the next forward pass would be held beside them
             micro_batch_loss = loss_sum / step.num_supervised_tokens
             micro_batch_loss.backward()  # single
             loss += micro_batch_loss.detach()
             problems += micro_batch.problems
 
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        # The only place where the step waits for the device.
+        # Here, once a step, the loop waits for the device.
         loss, grad_norm = torch.stack([loss, grad_norm]).tolist()
         is_bad = not (math.isfinite(loss) and math.isfinite(grad_norm))
         num_bad_steps = num_bad_steps + 1 if is_bad else 0
         if num_bad_steps > config.skip_bad_steps:
-            save_checkpoint(
-                step.global_step, model, optimizer, export, config, data.digest, eval_loss
-            )
+            if step.global_step > first_step:
+                save_checkpoint(
+                    step.global_step, model, optimizer, export, config, data.digest, eval_loss
+                )
             raise UserError(
                 f"step {global_step}: loss {loss}, gradient norm {grad_norm}: stopped before the "
                 f"weights change. Samples of this step: {step.samples}. Look at them "
@@ -166,13 +169,15 @@ def train(
         if global_step % max(1, num_steps // 20) == 0:
             logger.info(f"step {global_step:>7,}/{num_steps:,}   {line}")
 
+        stop.name = stop.noted  # single
         eval_loss = None  # else that of these very weights
-        if eval_data and (global_step % config.eval_steps == 0 or global_step == num_steps):
+        is_last = global_step == num_steps
+        if eval_data and not stop.name and (is_last or global_step % config.eval_steps == 0):
             scores = evaluate(config, model, build_inputs, eval_data, autocast, device)
             eval_loss = scores["eval_loss"]
             metrics_file.append({"global_step": global_step, **scores})
             logger.info(f"step {global_step:>7,}/{num_steps:,}   {describe_evaluation(scores)}")
-        if global_step % config.save_steps == 0 or stop.name:
+        if stop.name or is_last or global_step % config.save_steps == 0:
             save_checkpoint(global_step, model, optimizer, export, config, data.digest, eval_loss)
         if stop.name:
             logger.warning(f"{stop.name}: stopped after step {global_step}; go on with")
@@ -211,6 +216,8 @@ def main() -> None:
     """Parse the flags, prepare, train, export."""
     config = parse_config()
     device = choose_device(config.device)
+    if device.index is not None:  # single
+        torch.cuda.set_device(device)  # single
     if config.model_name_or_path is None and device.type == "cpu":  # single
         tqdm.write(TINY_NOTICE)
     checkpoint = find_checkpoint(config) if config.resume_from else None  # single
@@ -244,7 +251,7 @@ def main() -> None:
 
     started = time.perf_counter()
     train(config, model, processor, data, eval_data, num_steps, device, checkpoint)
-    export_model(model, processor, output_dir)  # single
+    export_at_last(partial(export_model, model, processor), output_dir)  # single
     plot_loss(output_dir / "metrics.jsonl", output_dir / "loss.png")  # single
     log_left_out(output_dir / "metrics.jsonl")  # single
     logger.info(

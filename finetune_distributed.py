@@ -23,6 +23,7 @@ from util.checkpoint_util import (
     EXIT_STOPPED,
     StopSignal,
     check_same_run,
+    export_at_last,
     find_checkpoint,
     load_checkpoint,
     make_output_dir,
@@ -39,6 +40,7 @@ from util.config import (
 from util.distributed_util import (  # dist
     agree_on_signal,  # dist
     build_mesh,  # dist
+    check_shared,  # dist
     export_sharded_model,  # dist
     load_sharded_model,  # dist
     main_process_metrics,  # dist
@@ -127,6 +129,7 @@ def train(
                 logits = model(**build_inputs(micro_batch)).logits
             targets = micro_batch.targets.to(device, non_blocking=True)
             loss_sum = cross_entropy_sum(logits, targets)
+            del logits  # or those of the next forward pass would be held beside them
             micro_batch_loss = loss_sum / step.num_supervised_tokens
             # What is wanted is the sum over the ranks; fully_shard takes the mean.  # dist
             (micro_batch_loss * state.num_processes).backward()  # dist
@@ -137,15 +140,15 @@ def train(
         grad_norm, loss = grad_norm.full_tensor(), reduce(loss, "sum")  # dist
         if config.on_bad_sample == "skip":  # dist
             problems = gather_object(problems)  # dist
-        # The only place where the step waits for the device.
+        # Here, once a step, the loop waits for the device.
         loss, grad_norm = torch.stack([loss, grad_norm]).tolist()
-        agree_on_signal(stop, device)  # dist
         is_bad = not (math.isfinite(loss) and math.isfinite(grad_norm))
         num_bad_steps = num_bad_steps + 1 if is_bad else 0
         if num_bad_steps > config.skip_bad_steps:
-            save_checkpoint(
-                step.global_step, model, optimizer, export, config, data.digest, eval_loss
-            )
+            if step.global_step > first_step:
+                save_checkpoint(
+                    step.global_step, model, optimizer, export, config, data.digest, eval_loss
+                )
             raise UserError(
                 f"step {global_step}: loss {loss}, gradient norm {grad_norm}: stopped before the "
                 f"weights change. Samples of this step: {step.samples}. Look at them "
@@ -183,13 +186,15 @@ def train(
         if global_step % max(1, num_steps // 20) == 0:
             logger.info(f"step {global_step:>7,}/{num_steps:,}   {line}")
 
+        agree_on_signal(stop, device)  # dist
         eval_loss = None  # else that of these very weights
-        if eval_data and (global_step % config.eval_steps == 0 or global_step == num_steps):
+        is_last = global_step == num_steps
+        if eval_data and not stop.name and (is_last or global_step % config.eval_steps == 0):
             scores = evaluate(config, model, build_inputs, eval_data, autocast, device)
             eval_loss = scores["eval_loss"]
             metrics_file.append({"global_step": global_step, **scores})
             logger.info(f"step {global_step:>7,}/{num_steps:,}   {describe_evaluation(scores)}")
-        if global_step % config.save_steps == 0 or stop.name:
+        if stop.name or is_last or global_step % config.save_steps == 0:
             save_checkpoint(global_step, model, optimizer, export, config, data.digest, eval_loss)
         if stop.name:
             logger.warning(f"{stop.name}: stopped after step {global_step}; go on with")
@@ -244,6 +249,7 @@ def main() -> None:
     check_report_to(config.report_to)
     load_metric(config.metric)  # what is wrong with it is told now
     output_dir = on_main_process(make_output_dir, config, checkpoint)  # dist
+    check_shared(output_dir)  # dist
 
     # Everything that can be wrong with the data is known before the model is loaded.
     folder = find_model(config.model_name_or_path)
@@ -274,7 +280,7 @@ def main() -> None:
 
     started = time.perf_counter()
     train(config, model, processor, data, eval_data, num_steps, device, checkpoint)
-    export_sharded_model(model, processor, output_dir)  # dist
+    export_at_last(partial(export_sharded_model, model, processor), output_dir)  # dist
     if is_main:  # dist
         plot_loss(output_dir / "metrics.jsonl", output_dir / "loss.png")  # dist
         log_left_out(output_dir / "metrics.jsonl")  # dist

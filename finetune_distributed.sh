@@ -23,8 +23,14 @@ source util/setup_env.sh requirements.txt
 if [[ "$CUDA_VISIBLE_DEVICES" == all ]]; then
     CUDA_VISIBLE_DEVICES="$({ nvidia-smi --query-gpu=index --format=csv,noheader || true; } \
         2>/dev/null | paste -sd,)"
+    if [[ -z "$CUDA_VISIBLE_DEVICES" && -e /dev/nvidia0 ]]; then  # a container without nvidia-smi
+        unset CUDA_VISIBLE_DEVICES
+        CUDA_VISIBLE_DEVICES="$(python -c \
+            'import torch; print(*range(max(1, torch.cuda.device_count())), sep=",")')"
+    fi
 fi
 export CUDA_VISIBLE_DEVICES
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 IFS=, read -ra gpus <<< "$CUDA_VISIBLE_DEVICES"
 if [[ ${#gpus[@]} -gt 1 ]]; then
     launcher=(accelerate launch --multi_gpu --mixed_precision no --dynamo_backend no
@@ -43,7 +49,11 @@ else
     fi
 fi
 
-exec "${launcher[@]}" finetune_distributed.py \
+# A signal lets the ranks finish their step and save; launchers would end them after 30 s.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}"
+export STOPPED_FILE="$(mktemp -u)"  # made by ranks that have saved
+set -m  # a process group of its own, so that a signal reaches the launcher once
+"${launcher[@]}" finetune_distributed.py \
     ${MODEL:+--model_name_or_path "$MODEL"} \
     --train_data "$TRAIN_DATA" \
     --batch_size "$BATCH_SIZE" \
@@ -51,4 +61,17 @@ exec "${launcher[@]}" finetune_distributed.py \
     ${SHARD_SIZE:+--shard_size "$SHARD_SIZE"} \
     ${LEARNING_RATE:+--learning_rate "$LEARNING_RATE"} \
     ${NUM_EPOCHS:+--num_epochs "$NUM_EPOCHS"} \
-    "$@"
+    "$@" &
+trap 'kill -TERM %1' TERM
+trap 'kill -INT %1' INT
+code=0
+while kill -0 %1 2> /dev/null; do  # a signal ends the waiting, not the launcher
+    code=0
+    wait %1 || code=$?
+done
+if [[ -e "$STOPPED_FILE" ]]; then
+    rm "$STOPPED_FILE"
+    echo "Stopped by a signal, and saved. With --resume_from latest, the run goes on."
+    exit 75
+fi
+exit "$code"

@@ -80,6 +80,32 @@ def stop_after(num_steps):
     finetune_distributed.learning_rate_at = signal_and_return
 
 
+def stop_late(num_steps):
+    """Send rank 1 SIGTERM in a step when the ranks have agreed already to go on; once."""
+    agree_on_signal, calls = finetune_distributed.agree_on_signal, []
+
+    def agree_and_signal(stop, device):
+        agree_on_signal(stop, device)
+        calls.append(stop)
+        if len(calls) == num_steps:
+            finetune_distributed.agree_on_signal = agree_on_signal
+            if RANK == 1:
+                signal.raise_signal(signal.SIGTERM)
+
+    finetune_distributed.agree_on_signal = agree_and_signal
+
+
+def fail_to_export():
+    """On the main process, have the disk fill up at the first export."""
+    write = distributed_util.write_model
+
+    def full(*args):
+        distributed_util.write_model = write
+        raise OSError("No space left on device")
+
+    distributed_util.write_model = full
+
+
 def measure_badly():
     """On rank 1, find every sample bad: what the main process finds must count."""
     if RANK == 1:
@@ -162,6 +188,8 @@ HOOKS = {
     "measure badly": measure_badly,
     "stop after 7": lambda: stop_after(7),
     "stop after 8": lambda: stop_after(8),
+    "stop late": lambda: stop_late(3),
+    "fail to export": fail_to_export,
 }
 
 

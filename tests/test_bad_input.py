@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import REPO, assistant, image, make_image, tiny_config, user, video, write_data
+from test_end_to_end import ENVIRONMENT
 
 import finetune
 from util.config import UserError
@@ -193,6 +194,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(run_main, tmp_path, monkeypatch
     message = fails_with_data(run_main, tmp_path, [GOOD])
     has(message, "step 1", "nan", "Samples of this step: [0]", "--learning_rate")
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_crash_ends_the_process_and_its_workers(tmp_path):
+    """An exception of any kind: Python would wait for ever for workers that ignore SIGTERM."""
+    script = tmp_path / "crash.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(REPO)!r})\n"
+        "import finetune\nfrom util.config import run_main\n"
+        "def crash(*arguments):\n    raise RuntimeError('CUDA error: an illegal access')\n"
+        "finetune.cross_entropy_sum = crash\nrun_main(finetune.main)\n"
+    )
+    data = REPO / "train_data" / "data.json"
+    flags = ("--train_data", data, "--output_dir", tmp_path / "out", "--num_workers", 2)
+    done = subprocess.run(
+        [sys.executable, str(script), "--model_name_or_path", "tiny", *map(str, flags)],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        env=ENVIRONMENT,
+        cwd=REPO,
+    )
+    assert done.returncode == 1 and "RuntimeError: CUDA error" in done.stderr
 
 
 def test_the_script_prints_one_line_and_no_traceback():

@@ -1,6 +1,8 @@
 """Checkpoints: exact, checked, refused where they do not fit, and survived where they fail."""
 
 import json
+import os
+import pickle
 import shutil
 import signal
 from types import SimpleNamespace
@@ -8,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import CPU, set_up, tiny_config
+from safetensors import SafetensorError
 from test_one_rule import weights
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import finetune
-from util import checkpoint_util, logutil
+from util import checkpoint_util, logutil, model_util
 from util.checkpoint_util import (
     EXIT_STOPPED,
     check_same_run,
@@ -25,8 +28,8 @@ from util.checkpoint_util import (
 from util.config import UserError
 from util.memory_util import cross_entropy_sum
 
-FLAGS = {"batch_size": 8, "learning_rate": 1e-3, "num_epochs": 3, "num_workers": 0}
-NUM_STEPS = 12
+FLAGS = {"batch_size": 8, "learning_rate": 1e-3, "num_epochs": 5, "num_workers": 0}
+NUM_STEPS = 20  # four an epoch
 
 
 @pytest.fixture(autouse=True)
@@ -87,9 +90,9 @@ def losses(result):
     ]
 
 
-@pytest.mark.parametrize("stop_after, num_workers", [(4, 0), (7, 2)])
+@pytest.mark.parametrize("stop_after, num_workers", [(7, 0), (8, 2)])
 def test_a_resumed_run_is_the_run_that_would_have_been(run, stop_after, num_workers):
-    """To the last bit; stopped at an epoch's end and in its middle; other memory settings."""
+    """To the last bit; stopped in the middle of an epoch and at its end."""
     straight = run("straight")
     stopped = run("broken", stop_after=stop_after, num_workers=num_workers)
     assert len(stopped.metrics) == stop_after
@@ -148,12 +151,50 @@ def test_evaluation_does_not_change_the_training(run, mixed_data, tmp_path):
     assert all(m["eval_character_error_rate"] > 0 and m["eval_metric"] > 0 for m in scored)
 
 
-@pytest.mark.parametrize("fault", ["truncated", "flipped", "missing", "state"])
+def test_a_checkpoint_has_the_held_out_loss_of_its_own_weights_or_none(run, mixed_data):
+    flags = {"save_steps": 1, "eval_steps": 2, "keep_checkpoints": 9, "num_steps": 5}
+    result = run(eval_data=[mixed_data], **flags)
+    evaluated = {m["global_step"]: m["eval_loss"] for m in result.metrics if "eval_loss" in m}
+    assert sorted(evaluated) == [0, 2, 4, 5]
+    for step in range(1, 6):
+        state = json.loads((result.folder / f"checkpoint-{step}/resume/state.json").read_text())
+        assert state["state"]["eval_loss"] == evaluated.get(step)
+
+
+class Opens:
+    """Pickled, it calls open() as it is loaded."""
+
+    def __reduce__(self):
+        return open, ("opened", "w")
+
+
+def test_metadata_that_could_run_code_are_not_loaded(run, monkeypatch, tmp_path):
+    folder = run(stop_after=2).folder / "checkpoint-2"
+    path = folder / "resume" / ".metadata"
+    path.write_bytes(pickle.dumps(Opens()))
+    # Somebody who means harm writes the checksum of it, too.
+    content = json.loads((folder / "resume" / "state.json").read_text())
+    state = content["state"]
+    state["files"]["resume/.metadata"] = [path.stat().st_size, checkpoint_util._checksum(path)]
+    text = json.dumps({"state": state, "sha256": checkpoint_util._digest(state)})
+    (folder / "resume" / "state.json").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert "it asks for" in damage(folder) and not (tmp_path / "opened").exists()
+
+
+VICTIMS = {
+    "state": "resume/state.json",
+    "shards": "resume/__0_0.distcp",
+    "metadata": "resume/.metadata",
+}
+
+
+@pytest.mark.parametrize("fault", ["truncated", "flipped", "missing", *VICTIMS])
 def test_damage_is_named_and_latest_goes_back(run, fault, caplog):
     result = run(stop_after=4, save_steps=2)
     newest, older = list_checkpoints(result.folder)
     assert damage(newest) is None and damage(older) is None
-    victim = newest / ("resume/state.json" if fault == "state" else "model.safetensors")
+    victim = newest / VICTIMS.get(fault, "model.safetensors")
     content = bytearray(victim.read_bytes())
     if fault == "truncated":
         victim.write_bytes(content[:-100])
@@ -174,6 +215,52 @@ def test_damage_is_named_and_latest_goes_back(run, fault, caplog):
         find_checkpoint(latest)
 
 
+def test_checkpoints_after_the_one_resumed_are_not_of_the_run_any_more(run, caplog):
+    """Or they would win over those of the run that goes on, also where they are damaged."""
+    checkpoint_util.logger.propagate = True
+    stopped = run(stop_after=6, save_steps=3, num_steps=9)
+    damaged = stopped.folder / "checkpoint-6" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    latest = tiny_config(output_dir=str(stopped.folder), resume_from="latest")
+    checkpoint = find_checkpoint(latest)
+    assert checkpoint.name == "checkpoint-3"
+    run(checkpoint=checkpoint, stop_after=5, keep_checkpoints=1, num_steps=9)
+    assert "it is abandoned-checkpoint-6 now" in caplog.text
+    assert find_checkpoint(latest).name == "checkpoint-5"
+    assert (stopped.folder / "abandoned-checkpoint-6").is_dir()
+
+
+def test_a_finished_run_goes_on_where_it_ended(run):
+    """With more epochs; the last step is saved whatever --save_steps says."""
+    finished = run(num_steps=6)
+    (checkpoint,) = list_checkpoints(finished.folder)
+    assert checkpoint.name == "checkpoint-6"
+    longer = run(checkpoint=checkpoint, num_steps=8)
+    assert [m["global_step"] for m in longer.metrics] == list(range(1, 9))
+
+
+def test_other_samples_left_out_make_another_run(mixed_data, tiny_folder):
+    def digest(max_tokens):
+        flags = {"train_data": [mixed_data], "on_bad_sample": "skip", "max_tokens": max_tokens}
+        return set_up(tiny_config(**flags), tiny_folder).data.digest
+
+    assert digest(2000) == digest(3000) != digest(100)
+
+
+def test_the_last_export_waits_for_room(monkeypatch, caplog, tmp_path):
+    checkpoint_util.logger.propagate = True
+    monkeypatch.setattr(checkpoint_util, "EXPORT_AGAIN_SECONDS", 0.01)
+    tries = []
+
+    def export(folder):
+        tries.append(folder)
+        if len(tries) < 3:
+            raise OSError(28, "No space left on device")
+
+    checkpoint_util.export_at_last(export, tmp_path)
+    assert tries == [tmp_path] * 3 and caplog.text.count("Make room: trying again") == 2
+
+
 def test_another_run_is_refused_and_every_difference_named(run, mixed_data):
     result = run(stop_after=2)
     checkpoint = result.folder / "checkpoint-2"
@@ -186,7 +273,7 @@ def test_another_run_is_refused_and_every_difference_named(run, mixed_data):
     for words in (
         "--learning_rate: was 0.001, is 0.5",
         "--seed: was 0, is 3",
-        "content",
+        "the data have changed",
         "new run",
     ):
         assert words in str(info.value)
@@ -220,6 +307,58 @@ def test_a_full_disk_is_told_survived_and_tried_again(run, monkeypatch, caplog):
     assert [p.name for p in list_checkpoints(result.folder)] == ["checkpoint-6", "checkpoint-2"]
     assert "checkpoint-4 could not be written" in caplog.text and "GiB are free" in caplog.text
     assert not list(result.folder.glob(".*"))
+
+
+@pytest.mark.parametrize("what", ["export", "shards"])
+def test_a_disk_that_fills_up_while_writing_is_survived(run, what, monkeypatch, caplog):
+    checkpoint_util.logger.propagate = True
+    module, name = {
+        "export": (model_util, "_write_model"),
+        "shards": (checkpoint_util._ShardWriter, "_write_data"),
+    }[what]
+    original, calls = getattr(module, name), []
+
+    def full_at_the_second_save(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            message = "I/O error: No space left on device (os error 28)"
+            raise SafetensorError(message) if what == "export" else OSError(28, message)
+        return original(*args)
+
+    monkeypatch.setattr(module, name, full_at_the_second_save)
+    result = run(save_steps=2, num_steps=6)
+    assert [p.name for p in list_checkpoints(result.folder)] == ["checkpoint-6", "checkpoint-2"]
+    assert "checkpoint-4 could not be written" in caplog.text
+    assert "No space left on device" in caplog.text
+    assert not list(result.folder.glob(".*"))
+
+
+def test_shards_go_into_several_files_and_come_back(run, monkeypatch):
+    """What is copied from a GPU is in main memory until its file is closed."""
+    monkeypatch.setattr(checkpoint_util, "SHARD_FILE_BYTES", 5 * 2**20)
+    stopped = run("broken", stop_after=7)
+    files = list((stopped.folder / "checkpoint-7" / "resume").glob("*.distcp"))
+    sizes = [path.stat().st_size for path in files]
+    assert len(files) >= 8 and max(sizes) < 8 * 2**20
+    resumed = run("broken", checkpoint=stopped.folder / "checkpoint-7")
+    assert torch.equal(resumed.weights, run("straight").weights)
+
+
+def test_a_checkpoint_that_is_written_anew_is_never_missing(run, monkeypatch, tmp_path):
+    """As before a bad step, after a save."""
+    rename, seen = os.rename, []
+
+    def look(source, target):
+        rename(source, target)
+        seen.append({p.name for p in (tmp_path / "out").glob("*checkpoint-3*")})
+
+    monkeypatch.setattr(checkpoint_util.os, "rename", look)
+    monkeypatch.setattr(finetune, "cross_entropy_sum", BrokenLoss({4}))
+    with pytest.raises(UserError, match="step 4"):
+        run(max_tokens=10**6, save_steps=1)
+    assert {".checkpoint-3.removed", ".checkpoint-3.partial"} in seen
+    assert damage(tmp_path / "out" / "checkpoint-3") is None
+    assert not list((tmp_path / "out").glob(".*"))
 
 
 def test_a_vanished_output_folder_is_survived(run, monkeypatch, tmp_path):
@@ -262,6 +401,13 @@ def test_a_bad_step_stops_with_the_last_good_state(run, monkeypatch, tmp_path):
     resumed = run(checkpoint=checkpoint, max_tokens=10**6)
     straight = run("straight", max_tokens=10**6)
     assert torch.equal(resumed.weights, straight.weights)
+
+
+def test_a_bad_first_step_leaves_no_checkpoint_that_cannot_be_resumed(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(finetune, "cross_entropy_sum", BrokenLoss({1}))
+    with pytest.raises(UserError, match="step 1: loss inf"):
+        run(max_tokens=10**6)
+    assert not list_checkpoints(tmp_path / "out")
 
 
 def test_bad_steps_can_be_skipped_but_not_too_many_in_a_row(run, monkeypatch):

@@ -32,10 +32,12 @@ from conftest import (
 )
 from families import build_family
 from safetensors.torch import load_file
+from test_end_to_end import run_script
 from transformers import AutoModelForImageTextToText
 
 import finetune
 from finetune import train
+from util.checkpoint_util import EXIT_STOPPED, damage, list_checkpoints
 from util.config import UserError
 from util.distributed_util import build_mesh, rank_metrics, start_processes
 from util.model_util import export_model, load_model_to_answer, load_processor
@@ -64,6 +66,7 @@ def start(*command, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
+        start_new_session=True,
     )
 
 
@@ -195,6 +198,8 @@ def two_ranks(mixed_data, split_data, unlike_data, faulty_data, twenty_steps, tm
         case_of_20_steps(mixed_data, folder / "resumed", **latest, num_workers=1),
         case_of_20_steps(mixed_data, folder / "one-to-two", **latest),
         *(fp32_case(mixed_data, folder / f"fp32-{size}", size) for size in (1, 2)),
+        case_of_20_steps(mixed_data, folder / "late", "stop late"),
+        case_of_20_steps(mixed_data, folder / "full", "fail to export", max_steps=4, save_steps=2),
         savers_case(mixed_data, folder / "savers"),
         skip_case(faulty_data, folder / "skip"),
         bf16_case(split_data[0], folder / "bf16", 5),
@@ -291,7 +296,7 @@ def check_export(output_dir, single_output_dir, final):
     """The folder holds the files and settings that export_model writes, and the final weights."""
     names = {p.name for p in single_output_dir.iterdir()}
     assert names <= {p.name for p in output_dir.iterdir()}
-    for name in names - {"model.safetensors", "metrics.jsonl"}:
+    for name in names - {"model.safetensors", "metrics.jsonl", "checkpoint-10"}:
         assert (output_dir / name).read_text() == (single_output_dir / name).read_text(), name
     model = AutoModelForImageTextToText.from_pretrained(output_dir)
     assert model.dtype == torch.bfloat16
@@ -380,7 +385,7 @@ def twenty_steps(mixed_data, tmp_path_factory):
     """20 steps of one process, straight, with a checkpoint after the seventh."""
     output_dir = tmp_path_factory.mktemp("twenty") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        return run_alone(patch, output_dir, mixed_data, save_steps=7)
+        return run_alone(patch, output_dir, mixed_data, save_steps=7, keep_checkpoints=3)
 
 
 def check_twenty_steps(metrics, weights, expected):
@@ -432,6 +437,47 @@ def test_any_number_of_ranks_resumes_at_an_epochs_end(twenty_steps, mixed_data, 
 
 
 # ------------------------------------------------------------------ what ranks hold
+
+
+def test_a_signal_after_the_ranks_have_agreed_counts_in_the_next_step(two_ranks):
+    (checkpoint,) = list_checkpoints(two_ranks / "late")
+    assert checkpoint.name == "checkpoint-4" and damage(checkpoint) is None
+    assert [row["global_step"] for row in read_metrics(two_ranks / "late")] == [1, 2, 3, 4]
+
+
+def test_an_export_that_fails_on_the_main_process_is_survived_by_all(two_ranks):
+    (checkpoint,) = list_checkpoints(two_ranks / "full")
+    assert checkpoint.name == "checkpoint-4" and damage(checkpoint) is None
+    log = (two_ranks / "full" / "train.log").read_text()
+    assert "checkpoint-2 could not be written" in log and "No space left" in log
+
+
+@pytest.mark.slow  # torchao compiles its step
+@pytest.mark.timeout(1800)
+def test_two_ranks_train_in_bf16_lean_and_one_goes_on(mixed_data, tmp_path):
+    def case(name, **flags):
+        flags = {"precision": "bf16_lean", "save_steps": 2, "num_epochs": 1} | flags
+        flags = FLAGS | {"train_data": mixed_data, "learning_rate": 1e-4} | flags
+        return flags_of(**flags, output_dir=tmp_path / name)
+
+    cases = [{"argv": case(f"shard-{size}", shard_size=size)} for size in (1, 2)]
+    drive(tmp_path, 2, cases, timeout=900)
+    run_script("finetune.py", *case("alone"))
+    alone = read_metrics(tmp_path / "alone")
+    for size in (1, 2):
+        # Where weights are rounded is drawn anew by each rank; before the first step, nothing is.
+        metrics = read_metrics(tmp_path / f"shard-{size}")
+        assert metrics[0]["loss"] == pytest.approx(alone[0]["loss"], rel=1e-3)
+        assert metrics[-1]["loss"] == pytest.approx(alone[-1]["loss"], rel=0.02)
+    # Moments of 8 bits are made for other shards: two ranks' on one, one's on two.
+    copy_checkpoint(tmp_path / "shard-2", 2, tmp_path / "two-to-one")
+    copy_checkpoint(tmp_path / "alone", 2, tmp_path / "one-to-two")
+    run_script("finetune.py", *case("two-to-one", resume_from="latest"))
+    drive(tmp_path, 2, [{"argv": case("one-to-two", resume_from="latest")}], timeout=900)
+    for name in ("two-to-one", "one-to-two"):
+        metrics = read_metrics(tmp_path / name)
+        assert [row["global_step"] for row in metrics] == [1, 2, 3, 4]
+        assert metrics[2]["loss"] == pytest.approx(alone[2]["loss"], rel=5e-3)
 
 
 def test_tokens_by_rank_add_up_and_dummy_work_is_told():
@@ -639,7 +685,7 @@ def test_the_launcher_trains_tiny_without_a_gpu(tmp_path):
     assert names == {
         *("config.json", "generation_config.json", "model.safetensors", "chat_template.jinja"),
         *("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
-        *("config_used.json", "train.log", "metrics.jsonl", "loss.png"),
+        *("config_used.json", "train.log", "metrics.jsonl", "loss.png", "checkpoint-3"),
     }
 
 
@@ -653,6 +699,46 @@ def two_machines(launcher, *flags, **environment):
         start("./finetune_distributed.sh", *flags, MACHINE_RANK=str(rank), **environment)
         for rank in range(2)
     ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_launcher_saves_and_exits_with_75(number, tmp_path):
+    """SIGTERM reaches the launcher alone, as queues send it, Ctrl-C every process of its group."""
+    output_dir = tmp_path / "out"
+    flags = ("--num_epochs", 500, "--output_dir", output_dir)
+    process = start("./finetune_distributed.sh", *flags)
+    deadline = time.monotonic() + 120
+    metrics = output_dir / "metrics.jsonl"
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 1):
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        time.sleep(0.1)
+    if number == signal.SIGTERM:
+        process.send_signal(number)
+    else:
+        os.killpg(process.pid, number)
+    printed = finish(process, 60, code=EXIT_STOPPED)
+    assert printed.splitlines()[-1].startswith("Stopped by a signal, and saved.")
+    (checkpoint,) = list_checkpoints(output_dir)
+    assert checkpoint.name == f"checkpoint-{len(metrics.read_text().splitlines())}"
+    assert damage(checkpoint) is None
+
+
+def test_machines_that_share_no_disk_are_told(tmp_path):
+    """Each of the two ranks runs in a folder of its own, as on a machine of its own."""
+    script = tmp_path / "apart.py"
+    script.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(REPO)!r})\n"
+        "folder = os.path.join(os.path.dirname(__file__), os.environ['RANK'])\n"
+        "os.makedirs(folder)\nos.chdir(folder)\n"
+        "from util import distributed_util\nimport finetune_distributed\n"
+        "distributed_util.SHARED_FOLDER_SECONDS = 1\n"
+        "distributed_util.run_rank(finetune_distributed.main)\n"
+    )
+    data = REPO / "train_data" / "data.json"
+    flags = flags_of(train_data=data, output_dir="out", max_steps=2)
+    printed = finish(torchrun(2, script, *flags), 180, code=1)
+    last = printed[printed.index("Root Cause") :]
+    assert "must be on a disk that all machines share" in last and "not seen by" in last
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ def test_every_promised_file_is_there(default_run):
     assert names == {
         *("config.json", "generation_config.json", "model.safetensors", "chat_template.jinja"),
         *("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
-        *("config_used.json", "train.log", "metrics.jsonl", "loss.png"),
+        *("config_used.json", "train.log", "metrics.jsonl", "loss.png", "checkpoint-180"),
     }
     assert Image.open(output_dir / "loss.png").size == (960, 540)
     log = (output_dir / "train.log").read_text()

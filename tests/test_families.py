@@ -24,6 +24,7 @@ from families import build_family
 from qwen_vl_utils import vision_process as qwen
 from test_packing import gradients, stand_in_for_flash
 from torch._subclasses import FakeTensorMode
+from torch.distributed.utils import _to_kwargs
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import VideoMetadata
@@ -191,6 +192,17 @@ def test_inputs_lie_where_a_gpu_needs_them(run):
         build_inputs = InputBuilder(run.processor, "packed_sdpa", torch.device("cuda"))
         logits = model(**build_inputs(micro_batch)).logits
     assert logits.device.type == "cuda" and logits.shape[1] == len(micro_batch.targets)
+
+
+def test_fully_shard_leaves_lengths_on_the_cpu(run):
+    """On a GPU it moves all arguments there; layers would fetch these back one by one."""
+    micro_batch = pack([run.encoder.encode(run.records[0])], run.encoder)
+    inputs = InputBuilder(run.processor, "packed_sdpa", torch.device("cpu"))(micro_batch)
+    _, (moved,) = _to_kwargs((), inputs, torch.device("meta"), False)
+    stay = {name for name, value in moved.items() if getattr(value, "is_cpu", False)}
+    expected = {"cu_seq_lens_q", "cu_seq_lens_k", "image_cu_seqlens", "image_grid_thw"}
+    windows = {"image_cu_window_seqlens"} & set(inputs)
+    assert stay == expected | windows
 
 
 def test_saved_processor_resizes_as_training_did(run, tmp_path):

@@ -153,6 +153,28 @@ def test_a_signal_to_the_whole_group_saves_and_stops(number, data, undisturbed, 
     assert_same_end(output_dir, undisturbed)
 
 
+@pytest.mark.parametrize("when", ["loading", "saving"])
+def test_a_signal_while_data_are_read_or_a_checkpoint_is_written(when, data, tmp_path):
+    output_dir = tmp_path / "out"
+    if when == "loading":  # every picture takes its time, and there are no workers to read ahead
+        slow = [str(make_image(tmp_path / f"{i}.png", 2400, 2400, i)) for i in range(4)]
+        samples = [[user(*map(image, slow)), assistant("x")] for _ in range(8)]
+        data = write_data(tmp_path / "slow.json", samples)
+    more = ("--save_steps", 1 if when == "saving" else 1000, "--num_workers", 0)
+    process = start(*flags(data, output_dir, *more))
+    if when == "saving":
+        wait_for(lambda: len(logged_steps(output_dir)) >= 2, process)
+        wait_for(lambda: list(output_dir.glob(".checkpoint-*.partial")), process)
+    else:
+        wait_for(lambda: len(logged_steps(output_dir)) >= 1, process)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == EXIT_STOPPED, printed
+    newest = list_checkpoints(output_dir)[0]
+    assert newest.name == f"checkpoint-{logged_steps(output_dir)[-1]}" and damage(newest) is None
+    assert not list(output_dir.glob(".checkpoint-*"))
+
+
 def test_a_second_signal_ends_at_once(data, tmp_path):
     # Each save takes its time here, as those of real models do.
     process = start(*flags(data, tmp_path / "out", "--save_steps", 1))
@@ -185,7 +207,7 @@ def test_a_file_system_that_fills_up(data, tmp_path):
         assert process.returncode == 0, printed
         assert "checkpoint-6 could not be written" in printed and "are free" in printed
         (newest,) = list_checkpoints(output_dir)
-        assert newest.name == "checkpoint-39" and damage(newest) is None
+        assert newest.name == f"checkpoint-{NUM_STEPS}" and damage(newest) is None
         assert logged_steps(output_dir) == list(range(1, NUM_STEPS + 1))
     finally:
         subprocess.run(["umount", str(disk)], check=True)

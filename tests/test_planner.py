@@ -13,7 +13,7 @@ import finetune
 import util.planner
 from benchmarks.bench_2b import allocator_peak
 from util.config import UserError, run_main
-from util.flops_util import FlopCounter
+from util.flops_util import FlopCounter, peak_flops_of
 from util.memory_util import choose_autocast, cross_entropy_sum
 from util.model_util import load_model
 from util.optim_util import build_optimizer
@@ -57,6 +57,7 @@ def real_step(run, samples, num_micro_batches):
             with choose_autocast(CPU, run.config.precision):
                 logits = run.model(**run.build_inputs(micro_batch)).logits
             loss_sum = cross_entropy_sum(logits, micro_batch.targets)
+            del logits
             loss_sum.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -72,6 +73,7 @@ def real_step(run, samples, num_micro_batches):
         {"precision": "bf16", "gradient_checkpointing": "llm"},
         {"train": ["llm"], "precision": "bf16"},
         {"lora_rank": 8, "gradient_checkpointing": "vision"},
+        {"supervise": "all", "lora_rank": 8},  # logits and their fp32 chunks are much of it
         # Slow: torchao compiles its step. Short, so that the step is the peak.
         pytest.param(
             {"precision": "bf16_lean", "gradient_checkpointing": "all", "batch_size": 1},
@@ -89,6 +91,29 @@ def test_the_planned_peak_is_the_real_one(flags, mixed_data, larger_tiny):
     assert is_accumulated == (config.max_tokens == 700)
     peak = real_step(run, samples, 1 + is_accumulated)
     assert planned["peak_gib"] * GIB == pytest.approx(peak, rel=0.05)
+
+
+def test_a_shard_holds_its_part_of_the_states(mixed_data, larger_tiny):
+    """Gradients too, also where a step is one micro-batch, which leaves them whole on one GPU."""
+    model_config = transformers.AutoConfig.from_pretrained(larger_tiny)
+    peaks = []
+    for max_tokens in (2000, 700):  # one micro-batch a step, and several
+        flags = {"batch_size": 8, "max_tokens": max_tokens, "gradient_checkpointing": "all"}
+        config = tiny_config(train_data=[mixed_data], **flags)
+        run = set_up(config, larger_tiny)
+        one, four = (
+            plan_memory(model_config, run.processor, config, run.data, shard_size)
+            for shard_size in (1, 4)
+        )
+        for kind in ("weights_gib", "gradients_gib", "optimizer_gib"):
+            assert four[kind] == pytest.approx(one[kind] / 4, abs=1e-3)
+        states = 4 * four["weights_gib"] + 4 * four["gradients_gib"] + 4 * four["optimizer_gib"]
+        working = four["activations_gib"] + four["logits_gib"]
+        assert four["peak_gib"] == pytest.approx(states / 4 + working, abs=5e-3)
+        peaks.append(working)
+        gathered = 2 * one["weights_gib"]  # the root and blocks, at most
+        assert working < one["activations_gib"] + one["logits_gib"] + gathered
+    assert peaks[1] < peaks[0]
 
 
 def test_flops_are_those_that_pytorch_counts(mixed_data, tiny_folder):
@@ -173,3 +198,19 @@ def test_out_of_memory_says_what_to_do():
 def test_tiny_has_room(tiny_folder):
     util.planner.check_fits(tiny_folder, tiny_config(), CPU, shard_size=1)
     assert load_model(tiny_folder, "packed_sdpa", CPU, tiny_config()) is not None
+
+
+def test_gpus_are_known_by_the_names_that_the_driver_gives():
+    names = {
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA A10G": 70e12,
+        "NVIDIA GeForce RTX 4090": 165e12,
+        "NVIDIA RTX 6000 Ada Generation": 364e12,
+        "NVIDIA RTX A6000": 154.8e12,
+        "NVIDIA L40S": 362e12,
+        "NVIDIA GH200 480GB": 989e12,
+        "Some RTX": None,
+    }
+    assert {name: peak_flops_of(name) for name in names} == names

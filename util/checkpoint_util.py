@@ -10,11 +10,14 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
+import pickle
 import re
 import shutil
 import signal
 import tempfile
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,6 +40,21 @@ logger = logging.getLogger("finetune")
 
 # Of a run that a signal has stopped after a save: EX_TEMPFAIL of sysexits.h, "try again later".
 EXIT_STOPPED = 75
+SAME_SIGNAL_SECONDS = 5
+EXPORT_AGAIN_SECONDS = 60
+# Bytes of a file of shards: so much of what is on a GPU is in main memory while it is written.
+SHARD_FILE_BYTES = 2**30
+# What .metadata of torch.distributed.checkpoint is made of, and nothing that could run code.
+METADATA_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "float32", "bfloat16", "int64", "uint8"},
+    "pathlib": {"Path", "PosixPath"},
+}
 # Flags that a resumed run may change; all others set the mathematics.
 MACHINE_SETTINGS = {
     *("output_dir", "num_epochs", "max_steps", "max_tokens", "num_workers", "device"),
@@ -55,21 +73,27 @@ REWOUND_FILES = ("metrics.jsonl", "train.log")
 class StopSignal:
     """Notes SIGTERM and SIGINT, so that the loop can finish its step and save.
 
-    A second signal ends the process at once.
+    `noted` changes at any time, and on one rank before others; once in a step the loop makes it
+    `name`, by which it acts. A second signal ends the process at once.
     """
 
     was_noted = False  # of this process
 
     def __init__(self):
-        self.name = None
+        self.name = self.noted = None
+        # To ranks, queues send one signal, and then their launcher sends it once more.
+        self._once_more_until = SAME_SIGNAL_SECONDS if dist.is_initialized() else 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number, frame):
-        self.name, StopSignal.was_noted = signal.Signals(number).name, True
-        for other in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(other, signal.SIG_DFL)
-        logger.warning(f"{self.name}: saving after this step; a second signal ends at once")
+        if self.noted is None:
+            self.noted, StopSignal.was_noted = signal.Signals(number).name, True
+            self._once_more_until += time.monotonic()
+            logger.warning(f"{self.noted}: saving after this step; a second signal ends at once")
+        elif time.monotonic() > self._once_more_until:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
 
 # ---------------------------------------------------------------- save
@@ -123,13 +147,15 @@ def save_checkpoint(
         _on_main_process(lambda: _start_writing(partial, model))
         tensors = _state_dict(model, optimizer)
         with _quiet():
-            no_dist = not dist.is_initialized()
-            dcp.save(tensors, checkpoint_id=partial / "resume", no_dist=no_dist)
-        export(partial)
+            writer = _ShardWriter(partial / "resume", per_thread_copy_ahead=0)
+            dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+        _export(export, partial)
         _on_main_process(lambda: config.save(partial / "config_used.json"))
         _on_main_process(lambda: _finish_writing(partial, final, state))
         _on_main_process(lambda: _prune(output_dir, config.keep_checkpoints))
     except (OSError, CheckpointException) as error:
+        if isinstance(error, CheckpointException):  # its own text is tracebacks
+            error = next(iter(error.failures.values()))[0]
         logger.error(
             f"{final} could not be written; training goes on, and the next save tries again: "
             f"{' '.join(str(error).split())[:300]}"
@@ -137,6 +163,54 @@ def save_checkpoint(
         _on_main_process(lambda: shutil.rmtree(partial, ignore_errors=True))
         return False
     return True
+
+
+class _ShardWriter(dcp.FileSystemWriter):
+    """Writes one file after the other, each of about SHARD_FILE_BYTES.
+
+    torch 2.14 keeps what it has copied from the GPU until a file is closed
+    (https://github.com/pytorch/pytorch/issues/195982), so that one file of all would take as much
+    main memory as the checkpoint has bytes. Can go when that is closed.
+    """
+
+    def write_data(self, plan, planner):
+        """Count files: the writer of torch takes one for each thread."""
+        tensors = [item.tensor_data for item in plan.items if item.tensor_data]
+        sizes = [math.prod(t.chunk.sizes) * t.properties.dtype.itemsize for t in tensors]
+        self.thread_count = 1 + sum(sizes) // SHARD_FILE_BYTES
+        return super().write_data(plan, planner)
+
+    def _write_data(self, planner, file_queue):
+        self.thread_count = 1
+        return super()._write_data(planner, file_queue)
+
+
+def export_at_last(export, output_dir: Path) -> None:
+    """Write the model at the end of a run; where there is no room, wait until there is."""
+    while True:
+        try:
+            return _export(export, output_dir)
+        except OSError as error:
+            logger.error(
+                f"{output_dir}: the model could not be written: {' '.join(str(error).split())}. "
+                f"Make room: trying again in {EXPORT_AGAIN_SECONDS} s"
+            )
+            time.sleep(EXPORT_AGAIN_SECONDS)
+
+
+def _export(export, partial: Path) -> None:
+    """Call `export` on all ranks; where one cannot write, all raise its OSError."""
+    failure = None
+    try:
+        export(partial)
+    except OSError as error:
+        failure = error
+
+    def tell():
+        if failure:
+            raise failure
+
+    _on_main_process(tell)
 
 
 def _state_dict(model, optimizer) -> dict:
@@ -170,8 +244,9 @@ def _finish_writing(partial: Path, final: Path, state: dict) -> None:
     files = (final.parent / name for name in REWOUND_FILES)
     sizes = {file.name: file.stat().st_size for file in files if file.is_file()}
     paths = sorted(path for path in partial.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter lock
-        checksums = list(pool.map(_checksum, paths))
+    if missing := {partial / "resume" / name for name in _shard_files(partial)} - set(paths):
+        raise OSError(f"{min(missing)}, which another rank has written, is not there")
+    checksums = _checksums(paths)
     written = {
         str(path.relative_to(partial)): [path.stat().st_size, checksum]
         for path, checksum in zip(paths, checksums)
@@ -182,10 +257,11 @@ def _finish_writing(partial: Path, final: Path, state: dict) -> None:
     (partial / STATE_FILE).write_text(text, encoding="utf-8")
     for path in (*paths, partial / STATE_FILE, partial / "resume", partial):
         _flush(path)
-    if final.exists():
-        _remove(final)
+    former = _put_aside(final) if final.exists() else None
     os.rename(partial, final)
     _flush(final.parent)
+    if former:
+        shutil.rmtree(former)
 
 
 def _flush(path: Path) -> None:
@@ -197,9 +273,34 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _checksums(paths: list[Path]) -> list[str]:
+    with ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter lock
+        return list(pool.map(_checksum, paths))
+
+
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if name not in METADATA_CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _shard_files(folder: Path) -> set[str]:
+    """Return the names of the files in resume/ that the shards of a checkpoint are in.
+
+    Raises ValueError where .metadata, a pickle, holds anything but what belongs there.
+    """
+    with (folder / "resume" / ".metadata").open("rb") as file:
+        try:
+            metadata = _MetadataUnpickler(file).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError) as error:
+            raise ValueError(f"resume/.metadata: {error}") from error
+    return {entry.relative_path for entry in metadata.storage_data.values()}
 
 
 def _digest(state: dict) -> str:
@@ -224,10 +325,14 @@ def _prune(output_dir: Path, keep: int) -> None:
 
 def _remove(folder: Path) -> None:
     """Delete a checkpoint so that no half of it ever looks like one."""
+    shutil.rmtree(_put_aside(folder))
+
+
+def _put_aside(folder: Path) -> Path:
     doomed = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
-    shutil.rmtree(doomed)
+    return doomed
 
 
 # ---------------------------------------------------------------- resume
@@ -276,12 +381,15 @@ def _newest_run_with_checkpoints() -> Path:
 def damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint's files, or None."""
     try:
-        state = _read_state(folder)
-        for name, (size, checksum) in state["files"].items():
+        files = _read_state(folder)["files"]
+        for name, (size, _) in files.items():
             if (folder / name).stat().st_size != size:
                 return f"{name} has {(folder / name).stat().st_size} bytes, not {size}"
-            if _checksum(folder / name) != checksum:
+        checksums = _checksums([folder / name for name in files])
+        for (name, (_, expected)), checksum in zip(files.items(), checksums):
+            if checksum != expected:
                 return f"{name} does not have the checksum that it was written with"
+        _shard_files(folder)
     except FileNotFoundError as error:
         return f"{error.filename} is missing"
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -306,7 +414,9 @@ def check_same_run(folder: Path, config: Config, data_digest: str) -> None:
         if name not in MACHINE_SETTINGS and state["config"].get(name) != value
     ]
     if state["data_digest"] != data_digest:
-        differences.append("  --train_data: the content of the data files has changed")
+        differences.append(
+            "  --train_data: the data have changed: files, media, or which samples are left out"
+        )
     if differences:
         raise UserError(
             f"{folder} belongs to another run:\n" + "\n".join(differences) + "\nGive the flags "
@@ -318,14 +428,32 @@ def check_same_run(folder: Path, config: Config, data_digest: str) -> None:
 def rewind_files(folder: Path) -> None:
     """Cut log and metrics back to where they were when a checkpoint was written.
 
+    Later checkpoints, damaged or given up, get another name: they are not of this run any more.
     What an interrupted save or removal has left is deleted.
     """
     for leftover in folder.parent.glob(".checkpoint-*"):
         shutil.rmtree(leftover)
+    for later in list_checkpoints(folder.parent):
+        if later.resolve() == folder.resolve():
+            break
+        abandoned = later.with_name(f"abandoned-{later.name}")
+        shutil.rmtree(abandoned, ignore_errors=True)
+        os.rename(later, abandoned)
+        logger.warning(f"{later} is not of the run that goes on: it is {abandoned.name} now")
     for name, size in _read_state(folder)["sizes"].items():
         path = folder.parent / name
         if path.is_file() and path.stat().st_size > size:
             os.truncate(path, size)
+
+
+class _SafeLoadPlanner(dcp.DefaultLoadPlanner):
+    """Loads only what could not run code: torch 2.14 loads all that are no tensors as pickles."""
+
+    def load_bytes(self, read_item, value):
+        """Put a value that is no tensor where it belongs, once it is known to be harmless."""
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        super().load_bytes(read_item, value)
 
 
 def load_checkpoint(folder: Path, model, optimizer) -> int:
@@ -335,7 +463,9 @@ def load_checkpoint(folder: Path, model, optimizer) -> int:
     """
     tensors = _state_dict(model, optimizer)
     with _quiet():
-        dcp.load(tensors, checkpoint_id=folder / "resume", no_dist=not dist.is_initialized())
+        reader, planner = dcp.FileSystemReader(folder / "resume"), _SafeLoadPlanner()
+        no_dist = not dist.is_initialized()
+        dcp.load(tensors, storage_reader=reader, planner=planner, no_dist=no_dist)
     set_state_dict(
         model,
         optimizer,

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -179,6 +180,8 @@ class Config:
             raise UserError("--eval_generate: answers held-out data, so it needs --eval_data")
         if self.metric and not self.eval_generate:
             raise UserError("--metric: scores answers, so it needs --eval_generate")
+        if self.vision_learning_rate and not self.trained_parts & {"vision", "merger"}:
+            raise UserError("--vision_learning_rate: --train names neither vision nor merger")
         if not 0 <= self.warmup_ratio <= 1:
             raise UserError(f"--warmup_ratio {self.warmup_ratio}: must be between 0 and 1")
         if self.max_pixels is not None and self.min_pixels > self.max_pixels:
@@ -257,3 +260,10 @@ def run_main(main) -> None:
         sys.exit(f"error: {explain_out_of_memory(error)}")
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception:
+        # One that nobody catches would keep what its frames hold: worker processes of loaders,
+        # which take no notice of being ended, and for which Python would wait.
+        traceback.print_exc()
+        sys.exit(1)

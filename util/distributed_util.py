@@ -3,12 +3,15 @@
 What trains is in finetune_distributed.py; nothing here touches a gradient.
 """
 
+import atexit
 import logging
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
+import uuid
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +20,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from accelerate import PartialState, init_empty_weights
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import safe_open
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -27,7 +30,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from util.checkpoint_util import StopSignal
+from util.checkpoint_util import EXIT_STOPPED, StopSignal
 from util.config import Config, UserError, explain_out_of_memory, fill_defaults
 from util.logutil import MetricsFile, open_reporter
 from util.memory_util import init_lora, local_rows, prepare_for_training
@@ -41,6 +44,7 @@ START_TIMEOUT = timedelta(hours=2)
 # The launcher ends all ranks of its machine as soon as one has failed.
 SAME_FAILURE_SECONDS = 5
 LOST_PEER_SECONDS = 15
+SHARED_FOLDER_SECONDS = 10
 
 # ---------------------------------------------------------------- processes
 
@@ -88,10 +92,35 @@ def main_process_metrics(config: Config) -> MetricsFile:
 
 def agree_on_signal(stop: StopSignal, device: torch.device) -> None:
     """Let all ranks stop after the same step, whichever of them a signal has reached."""
-    stopping = torch.tensor(float(stop.name is not None), device=device)
+    noted = stop.noted  # once: it may change at any time
+    stopping = torch.tensor(float(noted is not None), device=device)
     dist.all_reduce(stopping, dist.ReduceOp.MAX)
-    if stopping.item() and not stop.name:
-        stop.name = "a signal to another rank"
+    if stopping.item():
+        stop.name = noted or "a signal to another rank"
+
+
+def check_shared(output_dir: Path) -> None:
+    """Raise UserError where ranks do not all see what the main one writes into `output_dir`.
+
+    Every rank writes its shards of checkpoints there.
+    """
+    token = output_dir / f".shared-{on_main_process(uuid.uuid4).hex}"
+    if PartialState().is_main_process:
+        token.touch()
+    dist.barrier()
+    deadline = time.monotonic() + SHARED_FOLDER_SECONDS
+    while not (is_seen := token.exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+        os.listdir(output_dir.parent)  # network file systems may remember that it was not there
+    blind = [] if is_seen else [socket.gethostname()]
+    blind = gather_object(blind)
+    if PartialState().is_main_process:
+        token.unlink()
+    if blind:
+        raise UserError(
+            f"--output_dir {output_dir}: must be on a disk that all machines share, as each writes "
+            f"its part of the checkpoints there; not seen by {', '.join(sorted(set(blind)))}"
+        )
 
 
 def build_mesh(state: PartialState, shard_size: int | None) -> DeviceMesh:
@@ -124,6 +153,10 @@ def run_rank(main) -> None:
         main()
         PartialState().destroy_process_group()
         exit_code = 0
+    except SystemExit as end:
+        exit_code = end.code
+        if "STOPPED_FILE" in os.environ:  # of the launcher, whose own exit code would be 1
+            Path(os.environ["STOPPED_FILE"]).touch()
     except KeyboardInterrupt:
         pass
     except Exception as error:
@@ -138,8 +171,10 @@ def run_rank(main) -> None:
             get_error_handler().record_exception(error)
         else:
             sys.excepthook(type(error), error, error.__traceback__)
+    if exit_code in (0, EXIT_STOPPED):
+        atexit._run_exitfuncs()  # wandb and trackio send the last of their data here
     for loader_worker in multiprocessing.active_children():
-        loader_worker.terminate()
+        loader_worker.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     # sys.exit would wait for what a failed rank has still to do with others; and with torch 2.14.1

@@ -1,5 +1,6 @@
 """How much a step has to compute: floating-point operations, from shapes and token counts alone."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -62,8 +63,13 @@ def peak_flops(device: torch.device) -> float | None:
     """Return the operations a second that a GPU can reach in bf16, None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    known = [key for key in PEAK_FLOPS if key.split()[0] in name.split() or key in name]
+    return peak_flops_of(torch.cuda.get_device_name(device))
+
+
+def peak_flops_of(name: str) -> float | None:
+    """Return it for a name as NVIDIA's driver gives it, such as "NVIDIA H100 80GB HBM3"."""
+    words = set(re.split(r"[\s-]", name))
+    known = [key for key in PEAK_FLOPS if words.issuperset(key.split())]
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
 

@@ -216,31 +216,25 @@ def save_answers(arguments, name: str, rows: list[dict], settings: dict) -> None
 def score_answers(config: Config, model, build_inputs, data: PlannedData) -> dict:
     """Let the model in training answer the first --eval_generate held-out samples; return scores.
 
-    Ranks share the prompts, and call this together. An answer may be twice as long as the longest
-    reference.
+    Every rank answers all of them: sharded layers are gathered by all ranks together, and a text
+    on one and a picture on another would call for other layers. An answer may be twice as long as
+    the longest reference.
     """
     encoder, prompts = data.samples.encoder, held_out_prompts(data, config.eval_generate)
     if not prompts:
         return {}
     references = [reference for _, reference in prompts]
     limit = 2 * max(len(ids) for ids in encoder.tokenizer(references).input_ids) + 1
-    rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    # Every rank answers as many prompts, the last ones perhaps twice: sharded layers are gathered
-    # by all ranks together.
-    num_turns = -(-len(prompts) // num_ranks)
-    mine = [(rank + num_ranks * turn) % len(prompts) for turn in range(num_turns)]
-    answers = {}
+    # As many at once as training may hold, and one at least.
+    longest = int(data.index.num_tokens.max()) + limit
+    batch_size = min(config.batch_size, max(1, config.max_tokens // longest))
+    answers = []
     with _ready_to_answer(model):
-        for start in range(0, len(mine), config.batch_size):
-            chosen = mine[start : start + config.batch_size]
-            samples = [encoder.encode_prompt(*prompts[i][0]) for i in chosen]
-            new = generate(model, encoder, build_inputs, samples, limit, synced_gpus=num_ranks > 1)
-            answers |= dict(zip(chosen, new))
-    if num_ranks > 1:
-        everyones = [None] * num_ranks
-        dist.all_gather_object(everyones, answers)
-        answers = {i: answer for part in everyones for i, answer in part.items()}
-    answers = [answers[i] for i in range(len(prompts))]
+        for start in range(0, len(prompts), batch_size):
+            chosen = prompts[start : start + batch_size]
+            samples = [encoder.encode_prompt(*prompt) for prompt, _ in chosen]
+            synced = dist.is_initialized()
+            answers += generate(model, encoder, build_inputs, samples, limit, synced_gpus=synced)
     scores = score_all(answers, references, load_metric(config.metric))
     result = {
         "eval_exact_match": scores["num_exact"] / scores["num_scored"],

@@ -67,7 +67,10 @@ def log_setup(
         f"an epoch), in micro-batches of at most {config.max_tokens:,} tokens; learning rate "
         f"{config.learning_rate:g}"
     )
-    logger.info(f"output     {config.output_dir}, a checkpoint every {config.save_steps} steps")
+    logger.info(
+        f"output     {config.output_dir}, with a checkpoint every {config.save_steps} steps and at "
+        "the end"
+    )
     if checkpoint:
         logger.info(f"resumed    from {checkpoint}")
     if other := untested_versions():
@@ -107,7 +110,8 @@ class MetricsFile:
 
 def versions() -> dict[str, str]:
     """Return the versions of what a run depends on."""
-    names = ("torch", "transformers", "accelerate", "tokenizers", "av", "pillow", "numpy")
+    names = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "peft", "torchao")
+    names += ("av", "pillow", "numpy")
     installed = {name: importlib.metadata.version(name) for name in names}
     return {"python": platform.python_version(), **installed}
 

@@ -2,9 +2,11 @@
 
 import hashlib
 import math
+import os
 import re
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +63,8 @@ def add_lora(model, config: Config) -> None:
     ]
     # Where Auto classes find the base; "tiny" is a name of this repo's own.
     base = cached_tiny_model() if config.is_tiny else config.model_name_or_path
+    if Path(base).is_dir():
+        base = os.path.abspath(base)
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=2 * config.lora_rank,
@@ -160,9 +164,12 @@ class _CrossEntropySum(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=logits.device)
         log_normalizers = []
         for chunk, chunk_targets in _chunks(logits, targets):
-            chunk = chunk.float()
-            log_normalizer = chunk.logsumexp(dim=1)
-            loss += (log_normalizer - chunk.gather(1, chunk_targets[:, None])[:, 0]).sum()
+            wanted = chunk.gather(1, chunk_targets[:, None])[:, 0].float()
+            # logsumexp by hand, in one copy: its own implementation makes a second one.
+            chunk = chunk.to(torch.float32, copy=True)
+            largest = chunk.amax(dim=1, keepdim=True)
+            log_normalizer = chunk.sub_(largest).exp_().sum(dim=1).log_() + largest[:, 0]
+            loss += (log_normalizer - wanted).sum()
             log_normalizers.append(log_normalizer)
         ctx.save_for_backward(logits, targets, torch.cat(log_normalizers))
         return loss

@@ -14,6 +14,7 @@ import transformers
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers.utils import is_flash_attn_2_available
 
@@ -104,9 +105,15 @@ def packed_sdpa(
     is_causal = module.is_causal if is_causal is None else is_causal
     # Under autocast the rotary embedding leaves queries and keys in fp32, values in bf16.
     query, key = query.to(value.dtype), key.to(value.dtype)
+    is_grouped = query.shape[1] != key.shape[1]
+    if is_grouped and query.is_cuda and query.dtype == torch.float32:
+        # No fused kernel takes fp32 with fewer heads of keys (pytorch/pytorch#181528).
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+        is_grouped = False
     outputs = [
         F.scaled_dot_product_attention(
-            q, k, v, is_causal=is_causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, is_causal=is_causal, scale=scaling, enable_gqa=is_grouped
         )
         for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)))
     ]
@@ -278,6 +285,17 @@ def register_attention(attention: str) -> None:
         transformers.AttentionInterface.register("packed_sdpa", packed_sdpa)
 
 
+def stay_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor on the CPU as one whose `to` leaves it there.
+
+    fully_shard moves all arguments of a module to the GPU (torch 2.14,
+    distributed/fsdp/_fully_shard/_fsdp_state.py), from where every layer would fetch lengths back.
+    """
+    tensor = tensor.detach()  # another object on the same memory
+    tensor.to = lambda *args, **kwargs: tensor
+    return tensor
+
+
 class InputBuilder:
     """Turns a MicroBatch into keyword arguments of the model's forward pass, on the device."""
 
@@ -293,17 +311,17 @@ class InputBuilder:
         )
 
     def __call__(self, micro_batch: MicroBatch) -> dict:
-        """Return the arguments. Nothing here or in the forward pass waits for the device.
+        """Return the arguments. Nothing here waits for the device.
 
-        Only Qwen3-VL waits, in its first decoder layers, where it adds features to the pictures'
-        tokens (`_deepstack_process` in transformers 5.23).
+        The forward pass does in few places: where transformers 5.23 checks the number of image
+        tokens, and, of Qwen3-VL, where it adds features to them in the first decoder layers.
         """
         patches = self._to_device(micro_batch.patches)
         inputs = {
             "input_ids": self._to_device(micro_batch.input_ids),
             "position_ids": self._to_device(micro_batch.position_ids),
             "pixel_values": self.normalize(patches),
-            "image_grid_thw": micro_batch.image_grid_thw,
+            "image_grid_thw": stay_on_cpu(micro_batch.image_grid_thw),
             # Isolation comes from the segment ends below; a mask would be T x T.
             "attention_mask": None,
             "logits_to_keep": self._to_device(micro_batch.supervised_positions),
@@ -319,6 +337,8 @@ class InputBuilder:
         if self.is_flash:
             inputs |= {LONGEST[name]: int(tensor.diff().max()) for name, tensor in ends.items()}
             ends = {name: self._to_device(tensor) for name, tensor in ends.items()}
+        else:
+            ends = {name: stay_on_cpu(tensor) for name, tensor in ends.items()}
         return inputs | ends
 
     def normalize(self, patches: torch.Tensor) -> torch.Tensor:
@@ -351,7 +371,17 @@ def export_model(model, processor, output_dir: str | Path, dtype=torch.bfloat16)
 
 
 def write_model(model, state_dict, processor, output_dir, dtype=torch.bfloat16) -> None:
-    """Write a model folder with the weights `state_dict`: whole tensors on the CPU."""
+    """Write a model folder with the weights `state_dict`: whole tensors on the CPU.
+
+    Raises OSError where it cannot be written.
+    """
+    try:
+        _write_model(model, state_dict, processor, output_dir, dtype)
+    except SafetensorError as error:  # such as of a full disk
+        raise OSError(f"{output_dir}: {error}") from error
+
+
+def _write_model(model, state_dict, processor, output_dir, dtype) -> None:
     processor.save_pretrained(output_dir)
     if hasattr(model, "peft_config"):
         model.peft_config["default"].save_pretrained(output_dir)

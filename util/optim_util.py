@@ -4,6 +4,7 @@ import math
 import warnings
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from util.config import Config
 from util.memory_util import part_of
@@ -37,12 +38,54 @@ def build_optimizer(model, config: Config) -> torch.optim.Optimizer:
     """
     groups = parameter_groups(model, config)
     if config.precision == "bf16_lean":
-        from torchao.optim import AdamW8bit  # takes seconds to import
-
-        # About the cache of compiled code: torchao 0.18.0 lets torch hash by default.
-        warnings.filterwarnings("ignore", "OptimState8bit does not implement _stable_hash")
-        return AdamW8bit(groups, lr=0.0, bf16_stochastic_round=True)
+        return _build_lean_adamw(groups)
     return torch.optim.AdamW(groups, lr=0.0, fused=True)
+
+
+def lean_block_size(parameter: torch.Tensor) -> int | None:
+    """Return how many values of a moment share a scale in bf16_lean's 8 bits; None: it is fp32.
+
+    As in https://arxiv.org/abs/2110.02861, small tensors keep full moments. Shards are rows, so a
+    row is made of whole blocks, which are then the same on any number of ranks.
+    """
+    if parameter.ndim < 2 or parameter.numel() < 4096:
+        return None
+    row = parameter.shape[1:].numel()
+    largest = max(size for size in range(1, 257) if row % size == 0)
+    return largest if largest >= 64 else None
+
+
+def _build_lean_adamw(groups: list[dict]) -> torch.optim.Optimizer:
+    from torchao.optim import AdamW8bit  # takes seconds to import
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    class LeanAdamW(AdamW8bit):
+        """AdamW8bit for shards of any size.
+
+        torchao 0.18.0 decides by a rank's own shard what is kept in 8 bits, and the dtype that it
+        gives a moment is lost as the moment becomes a shard, so that compiling its step fails.
+        """
+
+        def _new_buffer(self, p: torch.Tensor, signed: bool) -> torch.Tensor:
+            block_size, sharded = lean_block_size(p), isinstance(p, DTensor)
+            if sharded:
+                num_rows, num_shards = p.shape[0], p.device_mesh["shard"].size()
+                if -(-num_rows // num_shards) * (num_shards - 1) >= num_rows:
+                    block_size = None  # the last ranks have no rows, of which torchao makes nothing
+            if block_size is None:
+                # In bf16, 0.999 of a second moment is rounded back to all of it: it never falls.
+                return torch.zeros_like(p, dtype=torch.float32)
+            local = p.to_local() if sharded else p
+            moment = OptimState8bit.zeros(local.shape, signed, block_size, local.device)
+            if not sharded:
+                return moment
+            return DTensor.from_local(
+                moment, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()
+            )
+
+    # About the cache of compiled code: torchao 0.18.0 lets torch hash by default.
+    warnings.filterwarnings("ignore", "OptimState8bit does not implement _stable_hash")
+    return LeanAdamW(groups, lr=0.0, bf16_stochastic_round=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -407,7 +407,7 @@ class PlannedData:
     samples: SampleDataset
     index: Index
     plan: Plan
-    digest: str  # of the content of the files
+    digest: str  # of the content of the files, and which samples of them are used
     problems: list[str]  # why samples are left out of the plan
 
 
@@ -435,7 +435,10 @@ def prepare_data(
     if plan.num_samples_per_epoch == 0:
         raise_problems(["no sample is left to train on", *problems])
     samples = SampleDataset(records, index, encoder)
-    return PlannedData(samples, index, plan, records.digest(), problems)
+    digest = hashlib.sha256(records.digest().encode())
+    for numbers, _ in plan.groups:  # which samples are used, and how long they are
+        digest.update(np.ascontiguousarray([numbers, index.num_tokens[numbers]]).tobytes())
+    return PlannedData(samples, index, plan, digest.hexdigest(), problems)
 
 
 def load_micro_batches(

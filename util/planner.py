@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from util.config import Config, UserError
 from util.memory_util import choose_autocast, cross_entropy_sum, prepare_for_training
 from util.model_util import InputBuilder, register_attention
+from util.optim_util import lean_block_size
 from util.plan_util import PlannedData
 
 # Flags to try where memory is short, in this order: those that leave the mathematics alone first.
@@ -59,11 +60,11 @@ def _states_of(model, config: Config) -> StateBytes:
 
 
 def _moment_bytes(parameter, config: Config) -> int:
-    """Return the bytes of two moments; torchao leaves some tensors as they are."""
-    count = parameter.numel()
-    if config.precision == "bf16_lean" and count >= 4096 and count % 256 == 0:
-        return 2 * (count + count // 256 * 4)
-    return 2 * count * parameter.itemsize
+    """Return the bytes of two moments."""
+    count, block_size = parameter.numel(), lean_block_size(parameter)
+    if config.precision == "bf16_lean" and block_size:
+        return 2 * (count + count // block_size * 4)
+    return 2 * count * 4
 
 
 def check_fits(folder: str, config: Config, device: torch.device, shard_size: int) -> None:
@@ -99,8 +100,9 @@ def changed(config: Config, changes: dict) -> Config:
 
 
 def _savers(config: Config) -> list[dict]:
-    """Return the entries of SAVERS that change something."""
-    return [c for c in SAVERS if changed(config, c) != config]
+    """Return the entries of SAVERS that change something, and no adapter of another rank."""
+    savers = [c for c in SAVERS if not (config.lora_rank and "lora_rank" in c)]
+    return [c for c in savers if changed(config, c) != config]
 
 
 def flags_text(changes: dict) -> str:
@@ -131,16 +133,16 @@ class _RealWithoutFake(TorchDispatchMode):
 class _MemoryTracker(TorchDispatchMode):
     """Follows the bytes of all fake storages that operations make, and their peak.
 
-    Views of `standing` tensors make nothing new.
+    Views of `standing` tensors make nothing new. `peak_beside_gradients`: of all but gradients.
     """
 
     def __init__(self, standing):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.gradients = self.peak = self.peak_beside_gradients = 0
         self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in standing)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.peak = max(self.peak, self.now)
+        self._note_peaks()
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, FakeTensor):
@@ -150,8 +152,16 @@ class _MemoryTracker(TorchDispatchMode):
         # it would have reused is gone when the next operation begins.
         adds_up = not torch.is_grad_enabled() and function is torch.ops.aten.add.Tensor
         if not adds_up or args[0]._is_view():
-            self.peak = max(self.peak, self.now)
+            self._note_peaks()
         return result
+
+    def _note_peaks(self) -> None:
+        self.peak = max(self.peak, self.now)
+        self.peak_beside_gradients = max(self.peak_beside_gradients, self.now - self.gradients)
+
+    def count_gradient(self, parameter) -> None:
+        """Note that backward has left the gradient of a parameter."""
+        self.gradients += parameter.grad.untyped_storage().nbytes()
 
     def _follow(self, storage) -> None:
         if storage not in self._known:
@@ -187,19 +197,25 @@ def plan_memory(
     inputs = InputBuilder(processor, "packed_sdpa", cpu)(micro_batch)
     inputs["pixel_values"] = mode.from_tensor(inputs["pixel_values"])
     tracker = _MemoryTracker([*model.parameters(), *model.buffers()])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(tracker.count_gradient) for p in trained]
     with mode, tracker, _RealWithoutFake():
         for _ in range(1 + is_accumulated):  # from the second one on, gradients stand already
             with choose_autocast(cpu, config.precision):
                 logits = model(**inputs).logits
             logits_bytes = logits.numel() * logits.itemsize
-            cross_entropy_sum(logits, micro_batch.targets).backward()
+            loss_sum = cross_entropy_sum(logits, micro_batch.targets)
             del logits
+            loss_sum.backward()
+            for hook in hooks:
+                hook.remove()
     states = _states_of(model, config)
-    # What backward leaves are the gradients, which grow while activations fall.
-    standing = states.weights + (states.gradients if is_accumulated else 0)
-    activations = tracker.peak - (standing - states.weights)
-    gathered = _gathered_bytes(model, config) if shard_size > 1 else 0
-    passes = (standing + states.optimizer) / shard_size + activations + gathered
+    activations, gathered = tracker.peak_beside_gradients, 0
+    if shard_size == 1:  # gradients grow while activations fall
+        passes = states.weights + states.optimizer + tracker.peak
+    else:
+        gathered = _gathered_bytes(model, config)
+        passes = states.total / shard_size + activations + gathered
     optimizer_step = (states.total + _optimizer_step_bytes(model, config)) / shard_size
     kinds = {
         "weights": states.weights / shard_size,
@@ -250,6 +266,8 @@ def largest_micro_batch(data: PlannedData, model_config, config: Config, most_st
     }
     per_token = text.num_hidden_layers * text.hidden_size * (1 if is_checkpointed["llm"] else 16)
     per_patch = vision.depth * width * (1 if is_checkpointed["vision"] else 16)
+    if "vision" not in config.trained_parts:
+        per_patch = 0  # a frozen tower keeps nothing
     index, plan = data.index, data.plan
     media = index.num_image_tokens + index.num_video_tokens
     cost = index.num_tokens * per_token + media * 4 * per_patch
