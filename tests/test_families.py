@@ -34,6 +34,7 @@ import test_on_trained_model_by_us
 from util.config import UserError
 from util.data_util import media_of
 from util.generate_util import generate
+from util.memory_util import part_of
 from util.model_util import InputBuilder, load_processor
 from util.plan_util import pack
 from util.sample_util import IGNORE
@@ -162,6 +163,21 @@ def test_the_dummy_segment_reaches_every_parameter_and_changes_none(run):
     F.cross_entropy(logits, micro_batch.targets, reduction="sum").backward()
     assert all(p.grad is not None for p in run.model.parameters())
     assert all(p.grad.count_nonzero() == 0 for p in run.model.parameters())
+
+
+@pytest.mark.parametrize("parts", [["all"], ["llm"]])
+def test_adapters_stand_on_the_linear_layers_of_every_family(run, parts):
+    """B begins at zero, so the gradients of A are; those of B say that each adapter takes part."""
+    config = tiny_config(train_data=run.config.train_data, lora_rank=4, train=parts)
+    model = set_up(config, run.folder).model
+    micro_batch = pack([run.encoder.encode(record) for record in run.records], run.encoder)
+    logits = model(**run.build_inputs(micro_batch)).logits[0]
+    F.cross_entropy(logits, micro_batch.targets, reduction="sum").backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(".lora_" in name for name in trained)
+    assert all(p.grad.count_nonzero() > 0 for name, p in trained.items() if ".lora_B." in name)
+    parts_of = {part_of(name) for name in trained}
+    assert parts_of == ({"llm", "vision", "merger"} if parts == ["all"] else {"llm"})
 
 
 def test_flash_attention_gets_the_ends_of_frames_and_windows(run, monkeypatch):

@@ -117,7 +117,8 @@ def packed_sdpa(
         )
         for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)))
     ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    return output.transpose(1, 2), None
 
 
 def is_model_folder(folder: str | Path) -> bool:

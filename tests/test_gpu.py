@@ -1,0 +1,103 @@
+"""What only a GPU can show; all of it is skipped without one."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from conftest import encoder_for, set_up, tiny_config
+from test_end_to_end import run_script
+from transformers.utils import is_flash_attn_2_available
+
+from util.memory_util import choose_autocast, cross_entropy_sum
+from util.model_util import InputBuilder, load_model
+from util.optim_util import build_optimizer
+from util.plan_util import pack
+from util.planner import GIB, largest_micro_batch, plan_memory
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+CUDA = torch.device("cuda", 0)
+
+
+def train(data, output_dir, *more):
+    """Run finetune.py on mixed data; return the losses and gradient norms of its steps."""
+    flags = ["--model_name_or_path", "tiny", "--train_data", data, "--batch_size", 8]
+    flags += ["--max_tokens", 400, "--num_epochs", 3, "--output_dir", output_dir]
+    run_script("finetune.py", *flags, *more)
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["global_step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows], [row["grad_norm"] for row in rows]
+
+
+def test_fp32_on_a_gpu_follows_the_cpu(mixed_data, tmp_path):
+    flags = ("--precision", "fp32", "--max_steps", 5)
+    losses, norms = train(mixed_data, tmp_path / "gpu", *flags, "--device", "cuda")
+    expected, expected_norms = train(mixed_data, tmp_path / "cpu", *flags, "--device", "cpu")
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert norms == pytest.approx(expected_norms, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16_lean"])
+def test_bf16_on_a_gpu_begins_as_fp32_does(precision, mixed_data, tmp_path):
+    flags = ("--max_steps", 3, "--device", "cuda", "--learning_rate", 1e-4)
+    losses, _ = train(mixed_data, tmp_path / "half", *flags, "--precision", precision)
+    expected, _ = train(mixed_data, tmp_path / "full", *flags, "--precision", "fp32")
+    assert losses == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_lean"])
+def test_a_run_on_a_gpu_is_resumed(precision, mixed_data, tmp_path):
+    """To 1e-3, not to the last bit: kernels may add in another order."""
+    flags = ("--precision", precision, "--max_steps", 8, "--save_steps", 4, "--device", "cuda")
+    straight, _ = train(mixed_data, tmp_path / "out", *flags)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-8")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    resumed, _ = train(mixed_data, tmp_path / "out", *flags, "--resume_from", "latest")
+    assert resumed == pytest.approx(straight, rel=1e-2 if precision == "bf16_lean" else 1e-3)
+
+
+@pytest.mark.skipif(not is_flash_attn_2_available(), reason="needs flash-attn")
+def test_flash_attention_gives_what_packed_sdpa_gives(mixed_data, tiny_folder):
+    run = set_up(tiny_config(train_data=[mixed_data]), tiny_folder)
+    micro_batch = pack([run.data.samples[i] for i in range(6)], encoder_for(tiny_folder))
+    logits = []
+    for attention in ("packed_sdpa", "flash_attention_2"):
+        model = load_model(tiny_folder, attention, CUDA, tiny_config(precision="bf16")).eval()
+        build_inputs = InputBuilder(run.processor, attention, CUDA)
+        with torch.no_grad(), choose_autocast(CUDA, "bf16"):
+            logits.append(model(**build_inputs(micro_batch)).logits.float())
+    assert (logits[0] - logits[1]).abs().max() < 0.02 * logits[0].abs().max()
+
+
+@pytest.mark.parametrize("flags", [{}, {"gradient_checkpointing": "all"}, {"lora_rank": 8}])
+def test_the_planned_peak_is_that_of_the_gpu(flags, mixed_data, tiny_folder):
+    """In bf16; within 10 %: CUDA's autocast keeps some more in fp32 than the CPU's."""
+    flags = {"precision": "bf16", "batch_size": 8, "max_tokens": 2000} | flags
+    config = tiny_config(train_data=[mixed_data], **flags)
+    run = set_up(config, tiny_folder)
+    model_config = transformers.AutoConfig.from_pretrained(tiny_folder)
+    planned = plan_memory(model_config, run.processor, config, run.data, shard_size=1)
+    samples, is_accumulated = largest_micro_batch(run.data, model_config, config)
+    micro_batch = run.data.samples.collate([run.data.samples[i] for i in samples])
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(CUDA)
+    model = load_model(tiny_folder, "packed_sdpa", CUDA, config).train()
+    optimizer = build_optimizer(model, config)
+    build_inputs = InputBuilder(run.processor, "packed_sdpa", CUDA)
+    for _ in range(2):  # the second one has the optimizer's state
+        torch.cuda.reset_peak_memory_stats(CUDA)
+        for _ in range(1 + is_accumulated):
+            with choose_autocast(CUDA, "bf16"):
+                logits = model(**build_inputs(micro_batch)).logits
+            loss_sum = cross_entropy_sum(logits, micro_batch.targets.to(CUDA))
+            del logits
+            loss_sum.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    peak = torch.cuda.max_memory_allocated(CUDA) - before
+    assert planned["peak_gib"] * GIB == pytest.approx(peak, rel=0.1)
