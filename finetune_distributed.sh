@@ -65,7 +65,8 @@ set -m  # a process group of its own, so that a signal reaches the launcher once
 trap 'kill -TERM %1' TERM
 trap 'kill -INT %1' INT
 code=0
-while kill -0 %1 2> /dev/null; do  # a signal ends the waiting, not the launcher
+wait %1 || code=$?
+while kill -0 %1 2> /dev/null; do  # a signal ended the waiting, not the launcher
     code=0
     wait %1 || code=$?
 done

@@ -154,9 +154,9 @@ def run_rank(main) -> None:
         PartialState().destroy_process_group()
         exit_code = 0
     except SystemExit as end:
-        exit_code = end.code
-        if "STOPPED_FILE" in os.environ:  # of the launcher, whose own exit code would be 1
-            Path(os.environ["STOPPED_FILE"]).touch()
+        exit_code = end.code or 0
+        if exit_code == EXIT_STOPPED and "STOPPED_FILE" in os.environ:
+            Path(os.environ["STOPPED_FILE"]).touch()  # the launcher's own exit code would be 1
     except KeyboardInterrupt:
         pass
     except Exception as error:
