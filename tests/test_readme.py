@@ -1,8 +1,9 @@
 """What the documents say is so: commands run, flags exist, files are there, quotes are true."""
 
 import dataclasses
-import os
+import json
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -14,25 +15,42 @@ from test_end_to_end import run_script
 
 from benchmarks import bench_fit
 from util import check_requirements
-from util.config import Config
+from util.config import TINY_NOTICE, Config
+from util.data_util import parse_conversation
 
-README = (REPO / "README.md").read_text(encoding="utf-8")
-CHINESE = (REPO / "README.zh.md").read_text(encoding="utf-8")
-LOOP_PAGES = ("docs/loop.md", "docs/loop.zh.md")
-COMMANDS = [
-    line
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
-    for line in block.splitlines()
-    if line and not line.startswith("#")
-]
+# Each is followed by the same page in Chinese.
+ENGLISH = ("README.md", "docs/loop.md", "docs/measured.md", "docs/flags.md")
+PAIRS = [(name, name.replace(".md", ".zh.md")) for name in ENGLISH]
+PAGES = [name for pair in PAIRS for name in pair]
+TEXTS = {name: (REPO / name).read_text(encoding="utf-8") for name in PAGES}
+README = TEXTS["README.md"]
+
+
+def code_blocks(text: str, language: str = "[a-z]*") -> list[str]:
+    """Return what stands in the code blocks of a page."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", text, re.M | re.S)
+    return [textwrap.dedent(block) for _, block in found]
+
+
+def commands(text: str, language: str) -> list[str]:
+    """Return the commands in the blocks of a language; one that goes on in a next line is one."""
+    blocks = code_blocks(text, language)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [" ".join(line.split()) for line in lines if line and not line.startswith("#")]
+
+
+# Each once, wherever it stands. What needs a GPU or the network is in blocks of "sh".
+COMMANDS = list(dict.fromkeys(c for name in ENGLISH for c in commands(TEXTS[name], "bash")))
 # These run whole in test_end_to_end.py and in continuous integration.
 RUN_ELSEWHERE = {"./finetune.sh", "./run_tests.sh"}
 # Resuming, with real signals, is what test_faults.py does; here the flags are enough.
 SHORTENED = "--max_steps 3 --save_steps 2".split()
+SHORT_RUN = "./finetune.sh --output_dir train_output/mine --save_steps 50"
 
 
 def test_the_two_commands_come_first():
     assert COMMANDS[:2] == ["./finetune.sh", "./run_tests.sh"]
+    assert SHORT_RUN in COMMANDS
     assert "./run_tests.sh" in (REPO / ".ci" / "run").read_text()
 
 
@@ -40,8 +58,7 @@ def test_the_two_commands_come_first():
 def short_run(tmp_path_factory):
     """Some run, stopped early; what a trained one answers is tested in test_end_to_end.py."""
     output_dir = tmp_path_factory.mktemp("readme") / "out"
-    (command,) = [c for c in COMMANDS if c.startswith("./finetune.sh -") and "latest" not in c]
-    words = command.split()
+    words = SHORT_RUN.split()
     words[words.index("--output_dir") + 1] = str(output_dir)
     run_script(*words, *SHORTENED)
     return output_dir
@@ -63,7 +80,7 @@ def test_every_other_command_runs(command, tmp_path, short_run, adapter_run):
         assert run_script(*words)
         return
     if words[0] == "./finetune.sh":
-        return check_launcher(words, tmp_path / "out", short_run)
+        return check_launcher(command, tmp_path / "out", short_run)
     assert words[0] == "python"
     if words[1] == "finetune.py":
         words += ["--output_dir", str(tmp_path / "out")]
@@ -85,20 +102,37 @@ def test_every_other_command_runs(command, tmp_path, short_run, adapter_run):
     assert run_script(sys.executable, *words[1:], HF_HUB_OFFLINE="1")
 
 
-def check_launcher(words, output_dir, short_run):
-    if "--resume_from" in words:
-        shutil.copytree(short_run, output_dir)
-        (output_dir / "model.safetensors").unlink()
-        words[words.index("--output_dir") + 1] = str(output_dir)
-        run_script(*words, *SHORTENED)
+def check_launcher(command, output_dir, short_run):
+    if command == SHORT_RUN:
+        output_dir = short_run
     else:
-        output_dir = short_run  # it is this command
+        if "--resume_from" in command:
+            shutil.copytree(short_run, output_dir)
+            (output_dir / "model.safetensors").unlink()
+        run_script(*command.split(), *SHORTENED, "--output_dir", output_dir)
     assert (output_dir / "checkpoint-2").is_dir() and (output_dir / "model.safetensors").is_file()
 
 
 def test_the_table_of_flags_is_complete():
-    table = re.findall(r"^\| `--(\w+)` \|", README, re.M)
+    table = re.findall(r"^\| `--(\w+)` \|", TEXTS["docs/flags.md"], re.M)
     assert table == [field.name for field in dataclasses.fields(Config)]
+
+
+# Of hf, vllm, pip, docker, Slurm, tensorboard and run_tests.sh; and one that is said not to exist.
+OTHER_FLAGS = {
+    *("exclude", "served-model-name", "enable-lora", "max-lora-rank", "lora-modules"),
+    *("no-build-isolation", "shm-size", "nodes", "ntasks-per-node", "gpus-per-node"),
+    *("cpus-per-task", "logdir", "all", "help", "compile"),
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_flags_that_are_named_exist(name):
+    known = {field.name for field in dataclasses.fields(Config)} | OTHER_FLAGS
+    for script in ("check_data.py", "compare.py", "util/generate_util.py"):
+        source = (REPO / script).read_text(encoding="utf-8")
+        known |= set(re.findall(r"add_argument\(\s*\"--(\w+)\"", source))
+    assert set(re.findall(r"(?<![\w-])--(\w[\w-]*)", TEXTS[name])) - known == set()
 
 
 def headings(text: str) -> list[tuple[int, str]]:
@@ -107,25 +141,31 @@ def headings(text: str) -> list[tuple[int, str]]:
     return [(len(marks), title) for marks, title in re.findall(r"^(#+) (.+)$", text, re.M)]
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.zh.md", *LOOP_PAGES])
+def anchors(text: str) -> set[str]:
+    """Return what GitHub makes of the titles of a page."""
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for _, title in headings(text)}
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_links_and_named_files_exist(name):
-    text = (REPO / name).read_text(encoding="utf-8")
-    # As GitHub makes anchors of titles.
-    anchors = {
-        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for _, title in headings(text)
-    }
+    text, folder = TEXTS[name], (REPO / name).parent
     for link in re.findall(r"\]\(([^)]+)\)", text):
+        if "://" in link:
+            continue
         path, _, anchor = link.partition("#")
-        assert "://" in link or not path or os.path.exists(REPO / Path(name).parent / path), link
-        assert path or anchor in anchors, link
-    for path in re.findall(r"`((?:util|tests|benchmarks)/[\w.-]+)`", text):
+        target = folder / path if path else REPO / name
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+        # A page in Chinese links to what there is in Chinese, and to English once: at its top.
+        translated = target.with_suffix(f".zh{target.suffix}")
+        if ".zh." in name and translated.exists():
+            assert text.splitlines()[2].startswith(f"[English]({link})"), link
+    for path in re.findall(r"(?<![\w/.])((?:util|tests|benchmarks)/[\w.-]+\w)", text):
         assert (REPO / path).exists(), path
-
-
-def code_blocks(text: str) -> list[str]:
-    return [
-        textwrap.dedent(block) for block in re.findall(r"^( *```.*?^ *```)$", text, re.M | re.S)
-    ]
+    for module in re.findall(r"python -m ([\w.]+)", text):
+        assert (REPO / module.replace(".", "/")).with_suffix(".py").is_file(), module
+    for script in re.findall(r"python ([\w/]+\.py)", text):
+        assert (REPO / script).is_file(), script
 
 
 FIGURE = re.compile(r"\d+(?:[.,]\d+)*(?:e-\d+)?")
@@ -139,26 +179,61 @@ def tables(text: str) -> list[list[list[str]]]:
     ]
 
 
-def test_the_chinese_readme_has_the_same_content():
-    assert [level for level, _ in headings(CHINESE)] == [level for level, _ in headings(README)]
+@pytest.mark.parametrize(("name", "chinese"), PAIRS)
+def test_the_chinese_page_has_the_same_content(name, chinese):
+    text, other_text = TEXTS[name], TEXTS[chinese]
+    assert [level for level, _ in headings(other_text)] == [level for level, _ in headings(text)]
     # What commands do is a comment in the language of the page.
     mine, theirs = (
         [re.sub(r"#(?! *!)(?!SBATCH) .*", "#", block) for block in code_blocks(text)]
-        for text in (README, CHINESE)
+        for text in (text, other_text)
     )
     assert mine == theirs
-    for mine, theirs in zip(tables(README), tables(CHINESE), strict=True):
+    fences = [re.findall(r"^ *```.*$", text, re.M) for text in (text, other_text)]
+    assert fences[0] == fences[1]
+    for mine, theirs in zip(tables(text), tables(other_text), strict=True):
         for row, other in zip(mine, theirs, strict=True):
             assert re.findall(r"`.*?`", row[0]) == re.findall(r"`.*?`", other[0])
             for cell, other_cell in zip(row, other, strict=True):
                 assert FIGURE.findall(cell) == FIGURE.findall(other_cell), row
 
 
-@pytest.mark.parametrize("name", LOOP_PAGES)
+@pytest.mark.parametrize("name", PAGES)
+def test_no_line_break_stands_between_chinese_letters(name):
+    """It would be shown as a space."""
+    text = re.sub(r"^ *```.*?^ *```", "", TEXTS[name], flags=re.M | re.S)
+    assert re.findall(r"[\u4e00-\u9fff] *\n *[\u4e00-\u9fff].*", text) == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_the_readme_quotes_the_notice_of_the_toy_model(name):
+    assert any(TINY_NOTICE in block for block in code_blocks(TEXTS[name]))
+
+
+def test_the_examples_of_data_are_conversations():
+    blocks = [json.loads(block) for block in code_blocks(README, "json")]
+    records = [r for block in blocks for r in (block if isinstance(block, list) else [block])]
+    kinds = set()
+    for record in records:
+        for message in parse_conversation(record):
+            if not isinstance(message["content"], str):
+                kinds |= {item["type"] for item in message["content"]}
+    assert len(records) == 6 and kinds == {"text", "image", "video"}
+
+
+def test_hf_takes_the_upload_command(tmp_path):
+    """It gets as far as looking for the folder."""
+    (command,) = [c for c in commands(README, "sh") if c.startswith("hf upload")]
+    words = shlex.split(command)
+    words[0], words[3] = str(Path(sys.executable).with_name("hf")), str(tmp_path / "none")
+    printed = run_script(*words, code=1, HF_HUB_OFFLINE="1")
+    assert f"No such file or directory: '{tmp_path / 'none'}'" in printed
+
+
+@pytest.mark.parametrize("name", ["docs/loop.md", "docs/loop.zh.md"])
 def test_the_page_on_the_loop_quotes_it_whole(name):
     script = (REPO / "finetune.py").read_text(encoding="utf-8")
-    page = (REPO / name).read_text(encoding="utf-8")
-    quotes = re.findall(r"```python\n(.*?)```", page, re.S)
+    quotes = re.findall(r"```python\n(.*?)```", TEXTS[name], re.S)
     place = 0
     for quote in quotes:
         assert quote in script[place:], f"not in finetune.py, or not in this order:\n{quote}"
