@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from util.config import TINY_NOTICE, Config, UserError, fill_defaults, parse_config, run_main
-from util.data_util import Records, parse_conversation
+from util.data_util import Records, parse_conversation, text_of
 from util.flops_util import PEAK_FLOPS, PUBLISHED_SHAPES, FlopCounter, published_config
 from util.model_util import base_folder, build_encoder, choose_device, find_model, load_processor
 from util.plan_util import (
@@ -74,20 +74,26 @@ def print_lengths(index: Index) -> None:
     )
 
 
-def print_duplicates(records: Records, most: int = 10) -> None:
-    """Print which records say the same as an earlier one."""
-    first, repeats = {}, []
+def print_oddities(records: Records, most: int = 10) -> None:
+    """Print which records say the same as an earlier one, and which have an empty answer."""
+    first, repeats, empty = {}, [], []
     for i in range(len(records)):
         try:
-            messages = json.dumps(parse_conversation(records[i]), sort_keys=True)
+            messages = parse_conversation(records[i])
         except ValueError:
             continue
-        key = hashlib.sha256(messages.encode()).digest()
+        answers = [text_of(m) for m in messages if m["role"] == "assistant"]
+        empty += [i] if not all(answer.strip() for answer in answers) else []
+        key = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).digest()
         if first.setdefault(key, i) != i:
             repeats.append((i, first[key]))
     print(f"duplicates: {len(repeats)}")
     for i, earlier in repeats[:most]:
         print(f"  {records.where(i)} repeats {records.where(earlier)}")
+    if empty:
+        print(f"empty answers, which train the end of the turn alone: {len(empty)}")
+    for i in empty[:most]:
+        print(f"  {records.where(i)}")
 
 
 def check_files(names: list[str], encoder: SampleEncoder, config: Config, decode: bool) -> int:
@@ -100,7 +106,7 @@ def check_files(names: list[str], encoder: SampleEncoder, config: Config, decode
     if index.num_tokens.any():
         print(f"{' '.join(names)}: {index.summary()}")
         print_lengths(index)
-    print_duplicates(records)
+    print_oddities(records)
     for problem in problems:
         print(f"problem: {problem}")
     return len(problems)
@@ -211,7 +217,8 @@ def main() -> None:
     if config.eval_data:
         num_problems += check_files(config.eval_data, encoder, config, extra.decode)
     if num_problems:
-        raise UserError(f"{num_problems} problems: mend them, or train with --on_bad_sample skip")
+        count = f"{num_problems} problem{'s' if num_problems > 1 else ''}"
+        raise UserError(f"{count}: correct the data, or train with --on_bad_sample skip")
     print("all good. Sample 0, what is trained in [[ ]]:")
     show_sample(encoder, Records(config.train_data), 0)
 

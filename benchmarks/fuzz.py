@@ -31,7 +31,7 @@ from util.tiny_model import cached_tiny_model  # noqa: E402
 
 # What a message about a record begins with: the message in it, or what is wrong with all of it.
 PLACES = re.compile(
-    r"message \d+\b|must be an object|the conversation is empty|<\w+> tags in|both |"
+    r"message \d+\b|must be an object|the conversation is empty|<\w+> tags in|both |\"\w+\" lists|"
     r"no assistant message|nothing to train|not valid JSON at column \d+|not UTF-8 text|"
     r"not JSON that Python can read"
 )

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -763,8 +764,8 @@ def test_a_rank_killed_on_one_machine_ends_the_other(tmp_path):
     while not (out / "metrics.jsonl").exists():
         assert time.time() < deadline and machines[1].poll() is None
         time.sleep(0.2)
-    ranks = Path(f"/proc/{machines[1].pid}/task/{machines[1].pid}/children").read_text().split()
-    os.kill(int(ranks[0]), signal.SIGKILL)
+    launcher = psutil.Process(machines[1].pid).children()[0]
+    launcher.children()[0].kill()
     killed = time.time()
     printed = [finish(machine, 60, code=1) for machine in machines]
     assert time.time() - killed < 60

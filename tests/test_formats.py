@@ -10,7 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CPU, assistant, encoder_for, image, make_image, set_up, text, tiny_config, user
+from conftest import (
+    CPU,
+    assistant,
+    encoder_for,
+    image,
+    make_image,
+    set_up,
+    text,
+    tiny_config,
+    user,
+    video,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -72,6 +83,11 @@ def test_tags_are_text_where_content_is_typed():
         ({"messages": [user("a")], "images": ["a.png"]}, "<image> tags.*: 0, but.*: 1.*one tag"),
         ({"messages": [user("<image><video>")], "image": "a"}, "<video> tags.*: 1, but.*: 0"),
         ({"messages": [user("<image>")], "image": "a", "images": ["b"]}, "both .*image.*images"),
+        ({"messages": [user("a")], "conversations": []}, "both .*messages.*conversations"),
+        ({"messages": [user("a") | {"images": ["a.png"]}]}, "message 0: has a key .image"),
+        ({"messages": [user("<image>")], "images": [text("a")]}, "item of type 'text'"),
+        ({"messages": [user("<image>")], "images": [video("a")]}, "item of type 'video'"),
+        ({"messages": [user("<image>")], "image": {}}, "message 0: an item of type image"),
         ({"conversations": [{"from": "bot", "value": "a"}]}, "message 0: unknown speaker 'bot'"),
         ({"conversations": [{"from": "gpt", "value": None}]}, "message 0: content must be"),
         ({"conversations": ["a"]}, "message 0: must be an object with from and value"),

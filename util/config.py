@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 import time
 import traceback
@@ -262,6 +263,9 @@ def run_main(main) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # as with | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception:
         # One that nobody catches would keep what its frames hold: worker processes of loaders,
         # which take no notice of being ended, and for which Python would wait.

@@ -192,6 +192,8 @@ def parse_conversation(record) -> list[dict]:
     if not isinstance(record, dict):
         record = {}
     key = "messages" if record.get("conversations") is None else "conversations"
+    if key == "conversations" and record.get("messages") is not None:
+        raise ValueError('both "messages" and "conversations": use one of them')
     messages = record.get(key)
     if not isinstance(messages, list):
         raise ValueError('must be an object with a list "messages" or "conversations"')
@@ -245,13 +247,16 @@ def _place_tagged_media(messages: list[dict], record: dict) -> list[dict]:
 
 def _media_list(record: dict, kind: str) -> list[dict]:
     """Return what a record lists under "image" or "images" (or video) as items."""
-    one, many = record.get(kind) or [], record.get(kind + "s") or []
-    if one and many:
+    values = [record.get(key) for key in (kind, f"{kind}s")]
+    values = [value for value in values if value not in (None, [], "")]
+    if len(values) == 2:
         raise ValueError(f'both "{kind}" and "{kind}s": use one of them')
-    value, items = one or many, []
-    for entry in value if isinstance(value, list) else [value]:
+    items = []
+    for entry in values[0] if values and isinstance(values[0], list) else values:
+        if isinstance(entry, dict) and entry.get("type", kind) != kind:
+            raise ValueError(f'"{kind}s" lists an item of type {entry["type"]!r}')
         if entry is not None:
-            items.append({"type": kind, **(entry if isinstance(entry, dict) else {kind: entry})})
+            items.append({**(entry if isinstance(entry, dict) else {kind: entry}), "type": kind})
     return items
 
 
@@ -263,6 +268,12 @@ def _parse_message(i: int, message) -> dict:
         raise ValueError(f"message {i}: unknown role {role!r}: use system, user or assistant")
     if role == "system" and i > 0:
         raise ValueError(f"message {i}: a system message must come first")
+    for kind in MEDIA_TYPES:
+        if message.get(kind) or message.get(f"{kind}s"):
+            raise ValueError(
+                f'message {i}: has a key "{kind}": {kind}s are items of the content, or stand in '
+                "the record's own list"
+            )
     if isinstance(content, list):
         content = [_parse_item(f"message {i}, item {k}", item) for k, item in enumerate(content)]
     elif not isinstance(content, str):

@@ -8,6 +8,7 @@ VIDEO_KEYS, as in qwen-vl-utils.
 
 import base64
 import binascii
+import math
 import os
 import queue
 import threading
@@ -43,13 +44,17 @@ def check_media_item(item: dict) -> None:
             raise ValueError(f"unknown key {key!r}: an item of type {kind} takes {', '.join(keys)}")
         is_whole = key not in ("fps", "video_start", "video_end")
         is_number = isinstance(value, int if is_whole else (int, float))
-        if not is_number or isinstance(value, bool) or not (value > 0 or key == "video_start"):
+        is_number = is_number and not isinstance(value, bool) and value < 1e12
+        if not is_number or value < 0 or (value == 0 and key != "video_start"):
             what = "a whole number" if is_whole else "a number"
-            raise ValueError(f"{key} {value!r}: must be {what} above 0")
+            least = "of 0 or more" if key == "video_start" else "above 0"
+            raise ValueError(f"{key} {value!r:.40}: must be {what} {least}")
         if frames is source and key not in (*FRAME_SIZE_KEYS, "fps"):
             raise ValueError(f"{key}: does not go with a list of frames, which are all taken")
     if "fps" in item and "nframes" in item:
         raise ValueError("fps and nframes exclude each other")
+    if item.get("min_frames", 0) > item.get("max_frames", math.inf):
+        raise ValueError("min_frames is above max_frames")
     if ("resized_height" in item) != ("resized_width" in item):
         raise ValueError("resized_height and resized_width go together")
 
@@ -69,7 +74,10 @@ def describe(source) -> str:
     if isinstance(source, bytes):
         return f"{len(source)} bytes"
     text = str(source)
-    return text if not text.startswith("data:") else f"{text[:40]}... ({len(text)} characters)"
+    shown = text if text.isprintable() else ascii(text)
+    if text.startswith("data:") or len(shown) > 300:
+        return f"{shown[:40]}... ({len(text):,} characters)"
+    return shown
 
 
 def check_local_file(path: str) -> None:
@@ -78,6 +86,8 @@ def check_local_file(path: str) -> None:
         raise ValueError("is a folder, not a file")
     if not os.path.lexists(path):
         raise ValueError("no such file")
+    if not os.path.exists(path):
+        raise ValueError("is a link that leads nowhere")
     if not os.path.isfile(path):  # also true of devices and pipes, which could block for ever
         raise ValueError("is not a regular file")
     if os.path.getsize(path) == 0:

@@ -1,9 +1,9 @@
 """Parameter groups, optimizer and learning-rate schedule."""
 
 import math
-import warnings
 
 import torch
+import torch._functorch.config
 from torch.distributed.tensor import DTensor
 
 from util.config import Config
@@ -83,8 +83,9 @@ def _build_lean_adamw(groups: list[dict]) -> torch.optim.Optimizer:
                 moment, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()
             )
 
-    # About the cache of compiled code: torchao 0.18.0 lets torch hash by default.
-    warnings.filterwarnings("ignore", "OptimState8bit does not implement _stable_hash")
+    # The cache of compiled code on disk tells such moments apart by their shape alone, not by their
+    # blocks (torchao 0.18.0 has no _stable_hash for them): code of other runs could be taken.
+    torch._functorch.config.enable_autograd_cache = False
     return LeanAdamW(groups, lr=0.0, bf16_stochastic_round=True)
 
 

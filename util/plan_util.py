@@ -464,7 +464,7 @@ def load_micro_batches(
                 raise UserError(problem)
             if config.on_bad_sample == "stop":
                 raise UserError(
-                    f"{problem}. Mend it, or train with --on_bad_sample skip; check_data.py "
+                    f"{problem}. Correct it, or train with --on_bad_sample skip; check_data.py "
                     "--decode finds all such samples at once"
                 )
         yield micro_batch

@@ -260,15 +260,15 @@ class SampleEncoder:
 
 def find_file(path: str, folder: Path) -> str:
     """Return where a media path of a data file is: in the current folder, else in `folder`."""
+    if scheme := re.match(r"(\w+)://", path.removeprefix("file://")):
+        raise ValueError(f"{describe(path)}: {scheme[0]} is not read: use a file, or http(s)://")
     path = local_path(path)
     for candidate in dict.fromkeys((Path(path), folder / path)):
         if os.path.lexists(candidate):
             try:
                 check_local_file(str(candidate))
             except ValueError as error:
-                raise ValueError(f"{candidate}: {error}") from error
+                raise ValueError(f"{describe(candidate)}: {error}") from error
             return str(candidate)
-    raise ValueError(
-        f"no such file: {Path(path).absolute()} nor {folder / path}: correct the path, or put it "
-        "there"
-    )
+    places = " nor ".join(describe(place) for place in (Path(path).absolute(), folder / path))
+    raise ValueError(f"no such file: {places}: correct the path, or put it there")

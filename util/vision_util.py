@@ -12,7 +12,7 @@ from io import BytesIO
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.video_utils import VideoMetadata
 
 from util.media_source import FRAME_SIZE_KEYS, IMAGE_KEYS, NUM_FRAMES_KEYS, resolve
@@ -45,7 +45,8 @@ def smart_resize(
     if min_pixels > max_pixels:
         raise ValueError(f"min_pixels {min_pixels} is above max_pixels {max_pixels}")
     if min_pixels > MAX_IMAGE_TOKENS * factor**2:  # enlarging can take all memory there is
-        raise ValueError(f"min_pixels {min_pixels} is above {MAX_IMAGE_TOKENS * factor**2}")
+        most = MAX_IMAGE_TOKENS * factor**2
+        raise ValueError(f"min_pixels {min_pixels} is above {most}, {MAX_IMAGE_TOKENS:,} tokens")
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise ValueError(
             f"{width} x {height} pixels: one side is over {MAX_ASPECT_RATIO} times the other"
@@ -132,7 +133,9 @@ class PixelPolicy:
         if nframes is not None:
             num_frames = round(nframes / FRAME_FACTOR) * FRAME_FACTOR
             if not FRAME_FACTOR <= num_frames <= max(total_frames, FRAME_FACTOR):
-                raise ValueError(f"nframes {nframes}: the clip has {total_frames} frames there")
+                raise ValueError(
+                    f"nframes {nframes}: must be 2 to {total_frames}, the frames of the clip there"
+                )
             return num_frames
         if total_frames < FRAME_FACTOR:
             return FRAME_FACTOR
@@ -360,9 +363,14 @@ def open_image(source: str | BytesIO | Image.Image):
     if isinstance(source, Image.Image):
         return nullcontext(source)
     try:
-        return Image.open(source)
+        image = Image.open(source)
     except Image.DecompressionBombError as error:
         raise ValueError(f"the picture is too large to open safely: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ValueError("it is no picture of a known format") from error
+    if image.mode == "F":
+        raise ValueError("pixels in floating point have no fixed range: store them as 8 bits")
+    return image
 
 
 def image_size(source: str | BytesIO | Image.Image) -> tuple[int, int]:
@@ -388,8 +396,6 @@ def read_image(source: str | BytesIO | Image.Image) -> torch.Tensor:
     with open_image(source) as image:
         if _orientation(image) != 1:
             image = ImageOps.exif_transpose(image)
-        if image.mode == "F":
-            raise ValueError("pixels in floating point have no fixed range: store them as 8 bits")
         if image.mode.startswith("I"):  # 16 bits: convert("RGB") would clip instead of scaling
             pixels = np.asarray(image)
             # Pillow opens 16-bit PGM as mode I too; of 32 bits, nobody knows what is white.
