@@ -3,7 +3,7 @@
     python finetune.py --train_data train_data/data.json --batch_size 4
 
 The whole training loop is in train(). What it stands on: util/plan_util.py lays out the run as
-packed micro-batches, util/model_util.py loads the model. README.md shows the way of the data.
+packed micro-batches, util/model_util.py loads the model. docs/loop.md explains it line by line.
 """
 
 import logging
@@ -31,7 +31,6 @@ from util.checkpoint_util import (
 from util.config import (
     TINY_NOTICE,
     Config,
-    UserError,
     fill_defaults,
     parse_config,
     run_main,  # single
@@ -61,7 +60,13 @@ from util.model_util import (
     load_processor,
 )
 from util.optim_util import build_optimizer, learning_rate_at, set_learning_rate
-from util.plan_util import PlannedData, Stopwatch, load_micro_batches, prepare_data
+from util.plan_util import (
+    PlannedData,
+    Stopwatch,
+    explain_stop,
+    load_micro_batches,
+    prepare_data,
+)
 from util.planner import check_fits
 from util.score_util import load_metric
 
@@ -128,16 +133,13 @@ def train(
         loss, grad_norm = torch.stack([loss, grad_norm]).tolist()
         is_bad = not (math.isfinite(loss) and math.isfinite(grad_norm))
         num_bad_steps = num_bad_steps + 1 if is_bad else 0
-        if num_bad_steps > config.skip_bad_steps:
+        bad_sample = problems[0] if problems and config.on_bad_sample == "stop" else None
+        if bad_sample or num_bad_steps > config.skip_bad_steps:
             if step.global_step > first_step:
                 save_checkpoint(
                     step.global_step, model, optimizer, export, config, data.digest, eval_loss
                 )
-            raise UserError(
-                f"step {global_step}: loss {loss}, gradient norm {grad_norm}: stopped before the "
-                f"weights change. Samples of this step: {step.samples}. Look at them "
-                "(check_data.py --show N), lower --learning_rate, or try --precision fp32"
-            )
+            raise explain_stop(step, loss, grad_norm, bad_sample)
         if is_bad:
             logger.warning(f"step {global_step} skipped: loss {loss}, gradient norm {grad_norm}")
         else:
@@ -204,6 +206,8 @@ def evaluate(config: Config, model, build_inputs, data: PlannedData, autocast, d
             loss_sum += cross_entropy_sum(logits, targets)
             num_supervised_tokens += len(targets)
             for problem in micro_batch.problems:
+                if config.on_bad_sample == "stop":
+                    raise explain_stop(step, bad_sample=problem)
                 logger.warning(f"left out   {problem}")
     result = {"eval_loss": (loss_sum / num_supervised_tokens).item()}
     if config.eval_generate:
@@ -223,7 +227,7 @@ def main() -> None:
     checkpoint = find_checkpoint(config) if config.resume_from else None  # single
     config = fill_defaults(config, device.type, checkpoint and checkpoint.parent)
     check_report_to(config.report_to)
-    load_metric(config.metric)  # what is wrong with it is told now
+    load_metric(config.metric)  # what is wrong with it is said now
     output_dir = make_output_dir(config, checkpoint)  # single
 
     # Everything that can be wrong with the data is known before the model is loaded.

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState  # dist
-from accelerate.utils import broadcast_object_list, gather_object, reduce  # dist
+from accelerate.utils import broadcast_object_list, reduce  # dist
 from tqdm import tqdm
 
 from util.checkpoint_util import (
@@ -33,7 +33,6 @@ from util.checkpoint_util import (
 from util.config import (
     TINY_NOTICE,
     Config,
-    UserError,
     fill_defaults,
     parse_config,
 )
@@ -42,6 +41,7 @@ from util.distributed_util import (  # dist
     build_mesh,  # dist
     check_shared,  # dist
     export_sharded_model,  # dist
+    gather_problems,  # dist
     load_sharded_model,  # dist
     main_process_metrics,  # dist
     on_main_process,  # dist
@@ -70,7 +70,13 @@ from util.model_util import (
     load_processor,
 )
 from util.optim_util import build_optimizer, learning_rate_at, set_learning_rate
-from util.plan_util import PlannedData, Stopwatch, load_micro_batches, prepare_data
+from util.plan_util import (
+    PlannedData,
+    Stopwatch,
+    explain_stop,
+    load_micro_batches,
+    prepare_data,
+)
 from util.planner import check_fits
 from util.score_util import load_metric
 
@@ -138,22 +144,18 @@ def train(
 
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         grad_norm, loss = grad_norm.full_tensor(), reduce(loss, "sum")  # dist
-        if config.on_bad_sample == "skip":  # dist
-            problems = gather_object(problems)  # dist
+        problems = gather_problems(problems, device)  # dist
         # Here, once a step, the loop waits for the device.
         loss, grad_norm = torch.stack([loss, grad_norm]).tolist()
         is_bad = not (math.isfinite(loss) and math.isfinite(grad_norm))
         num_bad_steps = num_bad_steps + 1 if is_bad else 0
-        if num_bad_steps > config.skip_bad_steps:
+        bad_sample = problems[0] if problems and config.on_bad_sample == "stop" else None
+        if bad_sample or num_bad_steps > config.skip_bad_steps:
             if step.global_step > first_step:
                 save_checkpoint(
                     step.global_step, model, optimizer, export, config, data.digest, eval_loss
                 )
-            raise UserError(
-                f"step {global_step}: loss {loss}, gradient norm {grad_norm}: stopped before the "
-                f"weights change. Samples of this step: {step.samples}. Look at them "
-                "(check_data.py --show N), lower --learning_rate, or try --precision fp32"
-            )
+            raise explain_stop(step, loss, grad_norm, bad_sample)
         if is_bad:
             logger.warning(f"step {global_step} skipped: loss {loss}, gradient norm {grad_norm}")
         else:
@@ -221,6 +223,8 @@ def evaluate(config: Config, model, build_inputs, data: PlannedData, autocast, d
             loss_sum += cross_entropy_sum(logits, targets)
             num_supervised_tokens += len(targets)
             for problem in micro_batch.problems:
+                if config.on_bad_sample == "stop":
+                    raise explain_stop(step, bad_sample=problem)
                 logger.warning(f"left out   {problem}")
     totals = torch.stack([loss_sum, num_supervised_tokens])  # dist
     loss_sum, num_supervised_tokens = reduce(totals, "sum")  # dist
@@ -247,7 +251,7 @@ def main() -> None:
     # All ranks write into the main one's folder: their clocks need not agree.  # dist
     config = broadcast_object_list([config])[0]  # dist
     check_report_to(config.report_to)
-    load_metric(config.metric)  # what is wrong with it is told now
+    load_metric(config.metric)  # what is wrong with it is said now
     output_dir = on_main_process(make_output_dir, config, checkpoint)  # dist
     check_shared(output_dir)  # dist
 

@@ -5,7 +5,17 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO, assistant, image, make_image, tiny_config, user, video, write_data
+from conftest import (
+    REPO,
+    assistant,
+    image,
+    make_image,
+    set_up,
+    tiny_config,
+    user,
+    video,
+    write_data,
+)
 from test_end_to_end import ENVIRONMENT
 
 import finetune
@@ -102,6 +112,22 @@ def test_a_picture_that_breaks_while_decoding_is_named_by_the_worker(run_main, t
     )
     has(message, "sample", "message 0", "cut.png", "image")
     assert message.count("\n") == 0
+
+
+def test_a_bad_sample_in_mid_run_costs_no_step_that_was_done(run_main, tmp_path, tiny_folder):
+    paths = [make_image(tmp_path / f"{i}.png", 90, 90, i) for i in range(12)]
+    data = write_data(tmp_path / "d.json", [[user(image(p)), assistant("x")] for p in paths])
+    prepared = set_up(tiny_config(train_data=[data], batch_size=4), tiny_folder)
+    broken = tmp_path / f"{prepared.data.plan.step(2).samples[1]}.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    flags = ("--train_data", data, "--max_steps", 5, "--batch_size", 4)
+    has(fails(run_main, *flags), broken.name, "resume with --on_bad_sample skip", "--decode")
+    assert (tmp_path / "out" / "checkpoint-2").is_dir()
+    run_main(*flags, "--resume_from", "latest", "--on_bad_sample", "skip")
+    rows = [json.loads(x) for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["global_step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["num_bad_samples"] for row in rows][:3] == [0, 0, 1]
 
 
 def test_a_picture_that_changed_since_it_was_indexed_is_refused(run_main, tmp_path):

@@ -130,14 +130,18 @@ class Config:
         help="layers that compute their activations twice instead of keeping them",
     )
     on_bad_sample: Literal["stop", "skip"] = HfArg(
-        default="stop", help="samples that cannot be used: stop before training, or leave them out"
+        default="stop",
+        help="samples that cannot be used: stop, where possible before training, or leave them out",
     )
     skip_bad_steps: int = HfArg(
         default=0, help="leave out up to so many steps in a row whose loss is not finite"
     )
-    save_steps: int = HfArg(default=500, help="steps between checkpoints")
+    save_steps: int = HfArg(
+        default=500, help="steps between checkpoints; the last step is saved in any case"
+    )
     keep_checkpoints: int = HfArg(
-        default=2, help="newest checkpoints kept, and the best one by held-out loss"
+        default=2,
+        help="newest checkpoints kept, and, of those that were evaluated, the best one",
     )
     eval_steps: int = HfArg(default=100, help="steps between evaluations on --eval_data")
     eval_generate: int = HfArg(

@@ -99,6 +99,13 @@ def agree_on_signal(stop: StopSignal, device: torch.device) -> None:
         stop.name = noted or "a signal to another rank"
 
 
+def gather_problems(problems: list[str], device: torch.device) -> list[str]:
+    """Return on every rank the messages of all ranks; objects travel only where there are any."""
+    count = torch.tensor(float(len(problems)), device=device)
+    dist.all_reduce(count)
+    return gather_object(problems) if count.item() else []
+
+
 def check_shared(output_dir: Path) -> None:
     """Raise UserError where ranks do not all see what the main one writes into `output_dir`.
 

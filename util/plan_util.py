@@ -446,9 +446,9 @@ def load_micro_batches(
 ) -> Iterator[MicroBatch]:
     """Yield the micro-batches of steps `first_step` up to, without, `last_step`, for one rank.
 
-    Worker processes read ahead. Raises UserError with the message of the first sample that cannot
-    be read, or, with --on_bad_sample skip, leaves it out and its message in `problems`. Samples
-    that have changed since they were indexed are never left out.
+    Worker processes read ahead. Samples that cannot be read are left out, their messages in
+    `problems`. Raises UserError with the message of one that has changed since it was indexed: the
+    plan does not hold with it.
     """
     steps = data.plan.steps(first_step, last_step)
     loader = DataLoader(
@@ -462,12 +462,21 @@ def load_micro_batches(
         for problem in micro_batch.problems:
             if isinstance(problem, StaleIndex):
                 raise UserError(problem)
-            if config.on_bad_sample == "stop":
-                raise UserError(
-                    f"{problem}. Correct it, or train with --on_bad_sample skip; check_data.py "
-                    "--decode finds all such samples at once"
-                )
         yield micro_batch
+
+
+def explain_stop(step: Step, loss=None, grad_norm=None, bad_sample: str | None = None) -> UserError:
+    """Return why a run stops in a step: a sample that cannot be read, or numbers not finite."""
+    if bad_sample:
+        return UserError(
+            f"{bad_sample}. Correct it and resume, or resume with --on_bad_sample skip; "
+            "check_data.py --decode finds all such samples at once"
+        )
+    return UserError(
+        f"step {step.global_step + 1}: loss {loss}, gradient norm {grad_norm}: stopped before the "
+        f"weights change. Samples of this step: {step.samples}. Look at them (check_data.py "
+        "--show N), lower --learning_rate, or try --precision fp32"
+    )
 
 
 class Stopwatch:
