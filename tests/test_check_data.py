@@ -93,7 +93,7 @@ FAULTS = [
     ("cut mp4", clip("cut.mp4"), "message 0: cut.mp4", " of 40 frames"),
     ("garbled mp4", clip("garbled.mp4"), "message 0: garbled.mp4", "the file is damaged"),
     ("unlike frames", clip(["a.png", "b.png"]), "message 0: 2 frames from a.png", "differ in size"),
-    ("too many frames", clip("a.mp4", nframes=99), "message 0: a.mp4", "the clip has 8 frames"),
+    ("too many frames", clip("a.mp4", nframes=99), "message 0: a.mp4", "must be 2 to 8"),
     ("beyond the end", clip("a.mp4", video_start=9), "message 0: a.mp4", "the clip ends at 1.75"),
 ]
 # Further records that are wrong, and words of what is told. Some share them with faults above.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import sys
 import time
@@ -259,19 +260,30 @@ def explain_out_of_memory(error: Exception) -> UserError:
 def run_main(main) -> None:
     """Run a script's main(); a UserError becomes one message and exit code 1."""
     transformers.logging.disable_progress_bar()
+    # When this has returned, nothing holds what the frames of main() held: loaders have ended their
+    # worker processes. One that is stuck takes no notice of that, and Python would wait for it.
+    code = _exit_code(main)
+    for stuck in multiprocessing.active_children():
+        stuck.kill()
+    if code:
+        sys.exit(code)
+
+
+def _exit_code(main) -> int | str | None:
     try:
         main()
+    except SystemExit as end:
+        return end.code
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: {explain_out_of_memory(error)}")
+        return f"error: {explain_out_of_memory(error)}"
     except UserError as error:
-        sys.exit(f"error: {error}")
+        return f"error: {error}"
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
     except BrokenPipeError:  # as with | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        return 1
     except Exception:
-        # One that nobody catches would keep what its frames hold: worker processes of loaders,
-        # which take no notice of being ended, and for which Python would wait.
         traceback.print_exc()
-        sys.exit(1)
+        return 1
+    return None

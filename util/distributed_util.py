@@ -192,14 +192,15 @@ def run_rank(main) -> None:
 
 def _wait_for_the_first_to_fail(error: Exception) -> None:
     """Return after the rank that has more to say about this failure had time to say it."""
+    was_noted = StopSignal.was_noted
+    # From here on the launcher's signal ends this rank at once; there is no step to finish.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # A connection that breaks is the trace of another rank's end. gloo raises plain RuntimeErrors.
     if isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error)
     ):
-        if StopSignal.was_noted:
+        if was_noted:
             os._exit(1)  # the launcher is ending this rank: another one has failed
-        # From here on its signal ends this rank at once; there is no step to finish.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(LOST_PEER_SECONDS)
     elif int(os.environ.get("LOCAL_RANK", 0)) > 0:
         # A wrong flag is wrong on every rank.

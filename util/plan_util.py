@@ -107,7 +107,7 @@ def _run_all(function, title: str, numbers: np.ndarray, records: Records, encode
         sampler=numbers,
         batch_size=16,
         collate_fn=list,
-        **_worker_settings(num_workers),
+        **_worker_settings(num_workers) | {"worker_init_fn": _start_measuring},
     )
     # Closed as this function ends, however it does, which ends the processes.
     with contextlib.closing(result for results in loader for result in results) as results:
@@ -115,6 +115,11 @@ def _run_all(function, title: str, numbers: np.ndarray, records: Records, encode
             results, title, len(numbers), leave=num_workers > 0, disable=None, unit=" samples"
         )
         yield from zip(numbers, bar)
+
+
+def _start_measuring(worker_id: int) -> None:
+    _start_worker(worker_id)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing has to be finished
 
 
 @dataclass
