@@ -344,7 +344,7 @@ class InputBuilder:
 
     def normalize(self, patches: torch.Tensor) -> torch.Tensor:
         """Return uint8 patches (num_patches, patch_dim) on the device as the model wants them."""
-        return (patches.float() - self.mean) / self.std
+        return patches.float().sub_(self.mean).div_(self.std)  # in place: they can be GiB
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=True)
