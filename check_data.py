@@ -18,7 +18,13 @@ import transformers
 from util.config import TINY_NOTICE, Config, UserError, fill_defaults, parse_config, run_main
 from util.data_util import Records, parse_conversation, text_of
 from util.flops_util import PEAK_FLOPS, PUBLISHED_SHAPES, FlopCounter, published_config
-from util.model_util import base_folder, build_encoder, choose_device, find_model, load_processor
+from util.model_util import (
+    build_encoder,
+    choose_device,
+    find_model,
+    find_model_to_train,
+    load_processor,
+)
 from util.plan_util import (
     Index,
     PlannedData,
@@ -118,8 +124,8 @@ def load_for_plan(config: Config):
     A published model that is not on this machine is planned with the embedded tokenizer.
     """
     try:
-        folder = find_model(config.model_name_or_path, with_weights=False)
-        model_config = transformers.AutoConfig.from_pretrained(base_folder(folder))
+        folder = find_model_to_train(config.model_name_or_path, with_weights=False)
+        model_config = transformers.AutoConfig.from_pretrained(folder)
     except UserError:
         if config.model_name_or_path not in PUBLISHED_SHAPES:
             raise
@@ -207,7 +213,7 @@ def main() -> None:
     )
     if extra.plan is not None:
         return print_plan(config, extra.plan)
-    folder = find_model(config.model_name_or_path, with_weights=False)
+    folder = find_model_to_train(config.model_name_or_path, with_weights=False)
     encoder = build_encoder(folder, load_processor(folder, config), config)
     if extra.show is not None:
         sample = show_sample(encoder, Records(config.train_data), extra.show)

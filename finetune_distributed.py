@@ -8,7 +8,6 @@ finetune.py in "single"; a test compares the rest. util/distributed_util.py shar
 
 import logging
 import math
-import sys
 import time
 from functools import partial
 from itertools import islice
@@ -20,7 +19,6 @@ from accelerate.utils import broadcast_object_list, reduce  # dist
 from tqdm import tqdm
 
 from util.checkpoint_util import (
-    EXIT_STOPPED,
     StopSignal,
     check_same_run,
     export_at_last,
@@ -33,7 +31,9 @@ from util.checkpoint_util import (
 from util.config import (
     TINY_NOTICE,
     Config,
+    UserError,
     fill_defaults,
+    on_main_process,  # dist
     parse_config,
 )
 from util.distributed_util import (  # dist
@@ -44,7 +44,6 @@ from util.distributed_util import (  # dist
     gather_problems,  # dist
     load_sharded_model,  # dist
     main_process_metrics,  # dist
-    on_main_process,  # dist
     rank_metrics,  # dist
     run_rank,  # dist
     start_processes,  # dist
@@ -66,13 +65,14 @@ from util.model_util import (
     build_encoder,
     choose_attention,
     choose_device,
-    find_model,
+    find_model_to_train,
     load_processor,
 )
 from util.optim_util import build_optimizer, learning_rate_at, set_learning_rate
 from util.plan_util import (
     PlannedData,
     Stopwatch,
+    explain_bad_sample,
     explain_stop,
     load_micro_batches,
     prepare_data,
@@ -112,7 +112,6 @@ def train(
         metrics_file.append({"global_step": 0, "num_bad_samples": len(data.problems)})
     if eval_data and first_step == 0:
         scores = evaluate(config, model, build_inputs, eval_data, autocast, device)
-        eval_loss = scores["eval_loss"]
         metrics_file.append({"global_step": 0, **scores})
         logger.info(f"step       0/{num_steps:,}   {describe_evaluation(scores)}")
 
@@ -144,17 +143,16 @@ def train(
 
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         grad_norm, loss = grad_norm.full_tensor(), reduce(loss, "sum")  # dist
-        problems = gather_problems(problems, device)  # dist
         # Here, once a step, the loop waits for the device.
         loss, grad_norm = torch.stack([loss, grad_norm]).tolist()
+        problems = gather_problems(problems, device)  # dist
         is_bad = not (math.isfinite(loss) and math.isfinite(grad_norm))
         num_bad_steps = num_bad_steps + 1 if is_bad else 0
         bad_sample = problems[0] if problems and config.on_bad_sample == "stop" else None
         if bad_sample or num_bad_steps > config.skip_bad_steps:
-            if step.global_step > first_step:
-                save_checkpoint(
-                    step.global_step, model, optimizer, export, config, data.digest, eval_loss
-                )
+            save_checkpoint(
+                step.global_step, model, optimizer, export, config, data.digest, eval_loss
+            )
             raise explain_stop(step, loss, grad_norm, bad_sample)
         if is_bad:
             logger.warning(f"step {global_step} skipped: loss {loss}, gradient norm {grad_norm}")
@@ -192,16 +190,21 @@ def train(
         eval_loss = None  # else that of these very weights
         is_last = global_step == num_steps
         if eval_data and not stop.name and (is_last or global_step % config.eval_steps == 0):
-            scores = evaluate(config, model, build_inputs, eval_data, autocast, device)
+            try:
+                scores = evaluate(config, model, build_inputs, eval_data, autocast, device)
+            except UserError:  # of the held-out data or --metric: no reason to lose the steps done
+                model.reshard()  # dist
+                save_checkpoint(global_step, model, optimizer, export, config, data.digest, None)
+                raise
             eval_loss = scores["eval_loss"]
             metrics_file.append({"global_step": global_step, **scores})
             logger.info(f"step {global_step:>7,}/{num_steps:,}   {describe_evaluation(scores)}")
         if stop.name or is_last or global_step % config.save_steps == 0:
-            save_checkpoint(global_step, model, optimizer, export, config, data.digest, eval_loss)
+            is_saved = save_checkpoint(
+                global_step, model, optimizer, export, config, data.digest, eval_loss
+            )
         if stop.name:
-            logger.warning(f"{stop.name}: stopped after step {global_step}; go on with")
-            logger.warning(f"  --output_dir {config.output_dir} --resume_from latest")
-            sys.exit(EXIT_STOPPED)
+            stop.end_process(global_step, is_saved, config.output_dir)
     progress.close()
 
 
@@ -212,6 +215,7 @@ def evaluate(config: Config, model, build_inputs, data: PlannedData, autocast, d
     Nothing of the training changes.
     """
     loss_sum, num_supervised_tokens = torch.zeros(2, device=device)
+    problems = []
     num_steps = data.plan.num_steps_per_epoch
     rank = PartialState().process_index  # dist
     micro_batches = load_micro_batches(data, 0, num_steps, config, device, rank)
@@ -222,13 +226,17 @@ def evaluate(config: Config, model, build_inputs, data: PlannedData, autocast, d
             targets = micro_batch.targets.to(device, non_blocking=True)
             loss_sum += cross_entropy_sum(logits, targets)
             num_supervised_tokens += len(targets)
-            for problem in micro_batch.problems:
-                if config.on_bad_sample == "stop":
-                    raise explain_stop(step, bad_sample=problem)
-                logger.warning(f"left out   {problem}")
+            problems += micro_batch.problems
     totals = torch.stack([loss_sum, num_supervised_tokens])  # dist
     loss_sum, num_supervised_tokens = reduce(totals, "sum")  # dist
+    problems = gather_problems(problems, device)  # dist
+    if problems and config.on_bad_sample == "stop":
+        raise explain_bad_sample(problems[0])
+    for problem in problems:
+        logger.warning(f"left out   {problem}")
     result = {"eval_loss": (loss_sum / num_supervised_tokens).item()}
+    if problems:
+        result["num_bad_eval_samples"] = len(problems)
     if config.eval_generate:
         with autocast:
             result |= score_answers(config, model, build_inputs, data)
@@ -256,7 +264,7 @@ def main() -> None:
     check_shared(output_dir)  # dist
 
     # Everything that can be wrong with the data is known before the model is loaded.
-    folder = find_model(config.model_name_or_path)
+    folder = find_model_to_train(config.model_name_or_path)
     processor = load_processor(folder, config)
     encoder = build_encoder(folder, processor, config)
     once = on_main_process  # dist
@@ -269,7 +277,7 @@ def main() -> None:
     check_fits(folder, config, device, mesh["shard"].size())  # dist
 
     if checkpoint:
-        check_same_run(checkpoint, config, data.digest)
+        check_same_run(checkpoint, config, data.digest, num_steps)
         on_main_process(rewind_files, checkpoint)  # dist
     if is_main:  # dist
         config.save(output_dir / "config_used.json")  # dist

@@ -3,10 +3,12 @@
     python benchmarks/bench_input.py
 
 Makes photographs and clips in a temporary folder. A sample is one of them, a question and an
-answer: read, decoded, resized, cut into patches, tokenized.
+answer: read, decoded, resized, cut into patches, tokenized. And how fast the first pass over new
+data is, which decodes nothing: it takes the sizes from the headers, on all cores.
 """
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -20,7 +22,9 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 from benchmarks.clips import PHOTO, make_clip  # noqa: E402
+from util import plan_util  # noqa: E402
 from util.config import DEFAULTS, Config, fill_defaults  # noqa: E402
+from util.data_util import Records  # noqa: E402
 from util.model_util import InputBuilder, build_encoder, load_processor  # noqa: E402
 from util.tiny_model import cached_tiny_model  # noqa: E402
 
@@ -100,14 +104,35 @@ def measure(kind: str, messages: list[dict], num_samples: int, rounds: int) -> N
             print(f"{name:48} fails: {str(error).splitlines()[0][:60]}")
 
 
+def measure_index(kind: str, messages: list[dict], folder: Path, num_samples: int) -> None:
+    """Print the samples per second of the first pass over a JSONL file of unlike samples."""
+    model = cached_tiny_model()
+    config = fill_defaults(Config(model_name_or_path="tiny"), "cpu")
+    encoder = build_encoder(model, load_processor(model, config), config)
+    with (folder / f"{kind}.jsonl").open("w") as file:
+        for i in range(num_samples):
+            answer = {"role": "assistant", "content": f"A cup of coffee on table {i}. " * (i % 9)}
+            print(json.dumps({"messages": [messages[0], answer]}), file=file)
+    plan_util.CACHE_DIR = folder
+    start = time.perf_counter()
+    index, problems = plan_util.build_index(Records([str(folder / f"{kind}.jsonl")]), encoder)
+    seconds = time.perf_counter() - start
+    assert not problems and len(index) == num_samples
+    print(f"first pass, {kind:36} {num_samples / seconds:7,.0f} samples/s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num_samples", type=int, default=20, help="samples in a measurement")
     parser.add_argument("--rounds", type=int, default=3, help="measurements; the best counts")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        for kind, messages in make_data(Path(folder)).items():
+        data = make_data(Path(folder))
+        for kind, messages in data.items():
             measure(kind, messages, arguments.num_samples, arguments.rounds)
+        question = {"role": "user", "content": "What do you see here? Describe it in a sentence."}
+        for kind, messages in {"text": [question], **data}.items():
+            measure_index(kind, messages, Path(folder), 1000 * arguments.num_samples)
 
 
 if __name__ == "__main__":

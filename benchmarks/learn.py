@@ -279,6 +279,8 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=3e-4, help="peak learning rate")
     arguments = parser.parse_args()
     folder = arguments.output_dir.resolve()
+    if folder.exists():
+        parser.error(f"{folder} exists: name a new folder")
     clock, times, parts = (time.perf_counter(), cpu_seconds()), {}, {}
 
     def lap(name: str) -> None:

@@ -1,6 +1,7 @@
 """Every mistake gets one message that says where it is and what to do; nothing is trained."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ from conftest import (
 from test_end_to_end import ENVIRONMENT
 
 import finetune
+from util import plan_util
 from util.config import UserError
 from util.data_util import Records
 from util.sample_util import find_file
@@ -122,7 +124,13 @@ def test_a_bad_sample_in_mid_run_costs_no_step_that_was_done(run_main, tmp_path,
     whole = broken.read_bytes()
     broken.write_bytes(whole[: len(whole) // 2])
     flags = ("--train_data", data, "--max_steps", 5, "--batch_size", 4)
-    has(fails(run_main, *flags), broken.name, "resume with --on_bad_sample skip", "--decode")
+    has(
+        fails(run_main, *flags),
+        broken.name,
+        "use --on_bad_sample skip",
+        "--resume_from",
+        "--decode",
+    )
     assert (tmp_path / "out" / "checkpoint-2").is_dir()
     run_main(*flags, "--resume_from", "latest", "--on_bad_sample", "skip")
     rows = [json.loads(x) for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -167,6 +175,43 @@ def test_bad_samples_are_left_out_and_counted(run_main, tmp_path):
     only_bad = write_data(tmp_path / "e.json", bad)
     flags = ("--on_bad_sample", "skip", "--output_dir", tmp_path / "out2")
     has(fails(run_main, "--train_data", only_bad, *flags), "no sample is left", "sample 1")
+
+
+def test_held_out_samples_that_cannot_be_decoded_are_left_out_and_counted(run_main, tmp_path):
+    """Also those that are asked about; what is too long for the plan is not asked about."""
+    cut = make_image(tmp_path / "cut.png", 300, 300)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
+    held_out = [[user("word " * 500), assistant("x")], [user(image(cut)), assistant("x")], GOOD]
+    data = write_data(tmp_path / "d.json", [GOOD])
+    eval_data = write_data(tmp_path / "e.json", held_out)
+    flags = ("--train_data", data, "--eval_data", eval_data, "--eval_generate", 9)
+    flags = (*flags, "--max_tokens", 900, "--max_steps", 1)
+    run_main(*flags, "--on_bad_sample", "skip")
+    log = (tmp_path / "out" / "train.log").read_text()
+    assert log.count(f"{eval_data}: sample 1: message 0: {cut}") == 4  # two times two
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "eval_loss" in row]
+    assert [row["num_bad_eval_samples"] for row in rows] == [1, 1]
+    assert all("eval_exact_match" in row for row in rows)
+    shutil.rmtree(tmp_path / "out")
+    eval_data = write_data(tmp_path / "e.json", held_out[1:])
+    has(fails(run_main, *flags), "cut.png", "--on_bad_sample skip")
+
+
+def test_an_adapter_is_no_model_to_train(run_main, tmp_path):
+    data = write_data(tmp_path / "d.json", [GOOD])
+    run_main("--train_data", data, "--lora_rank", 2, "--max_steps", 1)
+    flags = ("--train_data", data, "--output_dir", tmp_path / "out2")
+    message = fails(run_main, *flags, "--model_name_or_path", tmp_path / "out")
+    has(message, "is a LoRA adapter", "python -m util.merge_adapter")
+
+
+def test_the_index_need_not_be_kept(run_main, tmp_path, monkeypatch):
+    data = write_data(tmp_path / "d.json", [GOOD])
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(plan_util, "CACHE_DIR", tmp_path / "file" / "cache")
+    run_main("--train_data", data, "--max_steps", 1)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_all_problems_are_told_at_once(run_main, tmp_path):

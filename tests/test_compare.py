@@ -93,6 +93,7 @@ def test_own_metric(tmp_path):
     for name in (str(path), "nowhere.py:first", "first"):
         with pytest.raises(UserError, match=r"path\.py:function"):
             load_metric(name)
+    path = tmp_path / "other.py"
     path.write_text("import nowhere_to_be_found")
     with pytest.raises(UserError, match="nowhere_to_be_found"):
         load_metric(f"{path}:first")

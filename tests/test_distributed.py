@@ -678,11 +678,12 @@ def free_port():
 
 def test_the_launcher_trains_tiny_without_a_gpu(tmp_path):
     out = tmp_path / "out"
-    process = start("./finetune_distributed.sh", "--max_steps", 3, "--output_dir", out)
-    printed = finish(process, 120)
+    flags = ("--max_steps", 3, "--output_dir", out, "--report_to", "tensorboard")
+    printed = finish(start("./finetune_distributed.sh", *flags), 120)
     assert printed.count("TINY") == 1 and "ranks      2" in printed
     assert len(read_metrics(out)) == 3
-    names = {path.name for path in out.iterdir()}
+    names = {path.name for path in out.iterdir() if not path.name.startswith("events.out")}
+    assert len(names) == len(list(out.iterdir())) - 1
     assert names == {
         *("config.json", "generation_config.json", "model.safetensors", "chat_template.jinja"),
         *("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
@@ -736,7 +737,7 @@ def test_machines_that_share_no_disk_are_told(tmp_path):
         "distributed_util.run_rank(finetune_distributed.main)\n"
     )
     data = REPO / "train_data" / "data.json"
-    flags = flags_of(train_data=data, output_dir="out", max_steps=2)
+    flags = flags_of(train_data=data, output_dir="a/b", max_steps=2)
     printed = finish(torchrun(2, script, *flags), 180, code=1)
     last = printed[printed.index("Root Cause") :]
     assert "must be on a disk that all machines share" in last and "not seen by" in last

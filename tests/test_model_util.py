@@ -1,14 +1,21 @@
 """Device, attention and where a model comes from."""
 
+import shutil
 import time
 
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, tiny_config
 
 from util import model_util
 from util.config import UserError
-from util.model_util import choose_attention, choose_device, find_model
+from util.model_util import (
+    choose_attention,
+    choose_device,
+    find_model,
+    load_model,
+    load_processor,
+)
 
 CUDA = torch.device("cuda")
 
@@ -32,9 +39,15 @@ def test_choice_of_attention(monkeypatch, device, precision, installed, capabili
 
 def test_choice_of_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device(None) == CUDA
     assert choose_device("cuda:1") == torch.device("cuda:1")
     assert choose_device("cpu") == CPU
+    for name in ("gpu", "cuda0", "cuda:x", "mps"):
+        with pytest.raises(UserError, match=f"--device {name}: must be"):
+            choose_device(name)
+    with pytest.raises(UserError, match="--device cuda:9: torch finds 2 GPUs"):
+        choose_device("cuda:9")
 
 
 def test_an_nvidia_device_that_cannot_be_used_is_an_error(monkeypatch):
@@ -67,6 +80,27 @@ def test_unreachable_hub_is_found_in_seconds_and_says_what_to_do(monkeypatch):
 def test_folders_that_are_no_models(tmp_path):
     with pytest.raises(UserError, match="no config.json"):
         find_model(str(tmp_path))
-    for name in ("./nowhere", "/no/where", "nowhere"):
+    for name in ("./nowhere", "/no/where", "nowhere", "models/Qwen2 VL", "my:model/a?x", "a/b/c"):
         with pytest.raises(UserError, match="no such folder"):
             find_model(name)
+
+
+@pytest.mark.parametrize("fault", ["config.json", "no processor", "no weights", "cut weights"])
+def test_folders_that_are_not_whole_are_named(tiny_folder, tmp_path, fault):
+    """As a download that was interrupted leaves them."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    weights = folder / "model.safetensors"
+    if fault == "config.json":
+        (folder / fault).write_bytes((folder / fault).read_bytes()[:100])
+    elif fault == "no processor":
+        for path in [p for p in folder.iterdir() if p.name != "config.json"]:
+            path.unlink()
+    elif fault == "no weights":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:-100])
+    config = tiny_config()
+    with pytest.raises(UserError, match=f"{folder}: its files cannot be read; are they whole?"):
+        load_processor(str(folder), config)
+        load_model(str(folder), "packed_sdpa", CPU, config)

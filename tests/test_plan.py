@@ -62,3 +62,9 @@ def test_a_step_is_found_without_those_before_it():
     plan = Plan(make_index(range(2, 60)), 7, 100, 3, 2)
     steps = list(plan.steps(0, 30))
     assert Plan(make_index(range(2, 60)), 7, 100, 3, 2).step(29) == steps[29]
+
+
+def test_no_file_is_left_out_because_of_a_low_rate():
+    plan = Plan(make_index([10] * 20), 4, 1000, 0, 1, groups=[(0, 10, 1.0), (10, 20, 0.04)])
+    samples = [i for step in plan.steps(0, plan.num_steps_per_epoch) for i in step.samples]
+    assert sum(i >= 10 for i in samples) == 1 and len(samples) == 11

@@ -9,6 +9,7 @@ from conftest import assistant, user, write_data
 
 import finetune
 from util.config import UserError
+from util.logutil import MetricsFile
 
 
 @pytest.fixture
@@ -55,6 +56,15 @@ def test_wandb_and_trackio_are_called_as_they_want_it(train, tmp_path, monkeypat
     expected = [("out", 2), (1, rows[0]["loss"]), (2, rows[1]["loss"])]
     assert sys.modules[name].calls == expected
     monkeypatch.delitem(sys.modules, name)
+
+
+def test_only_numbers_are_sent(tmp_path):
+    sent = []
+    file = MetricsFile(tmp_path / "metrics.jsonl", sent.append)
+    row = {"global_step": 1, "loss": None, "num_text_tokens_by_rank": [3, 4], "seconds": 0.5}
+    file.append(row)
+    assert sent == [{"global_step": 1, "seconds": 0.5}]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == row
 
 
 def test_a_missing_package_is_an_error_before_anything_is_made(train, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import pickle
 import re
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import warnings
@@ -33,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from util.config import Config, UserError
+from util.config import Config, UserError, on_main_process
 from util.logutil import versions
 
 logger = logging.getLogger("finetune")
@@ -47,13 +48,12 @@ SHARD_FILE_BYTES = 2**30
 # What .metadata of torch.distributed.checkpoint is made of, and nothing that could run code.
 METADATA_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
-        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        *("Metadata", "MetadataIndex", "TensorProperties", "_MEM_FORMAT_ENCODING"),
         *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
     "torch": {"Size", "float32", "bfloat16", "int64", "uint8"},
-    "pathlib": {"Path", "PosixPath"},
 }
 # Flags that a resumed run may change; all others set the mathematics.
 MACHINE_SETTINGS = {
@@ -66,6 +66,7 @@ MACHINE_SETTINGS = {
 OPTIONS = StateDictOptions(
     flatten_optimizer_state_dict=True, ignore_frozen_params=True, strict=False
 )
+NAME = re.compile(r"checkpoint-(\d+)")
 STATE_FILE = Path("resume") / "state.json"
 # Cut back on resume, so that every step is in them once.
 REWOUND_FILES = ("metrics.jsonl", "train.log")
@@ -95,6 +96,17 @@ class StopSignal:
         elif time.monotonic() > self._once_more_until:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+
+    def end_process(self, global_step: int, is_saved: bool, output_dir: str) -> None:
+        """Say how to go on after `name` has stopped the run, and exit: only if saved with 75."""
+        if not is_saved:
+            logger.error(f"{self.name}: stopped after step {global_step}, which is NOT saved")
+            sys.exit(1)
+        logger.warning(
+            f"{self.name}: stopped after step {global_step}; go on with the same command and\n"
+            f"  --output_dir {output_dir} --resume_from latest"
+        )
+        sys.exit(EXIT_STOPPED)
 
 
 # ---------------------------------------------------------------- save
@@ -138,6 +150,11 @@ def save_checkpoint(
     output_dir = Path(config.output_dir)
     final = output_dir / f"checkpoint-{global_step}"
     partial = output_dir / f".checkpoint-{global_step}.partial"
+    if on_main_process(final.exists):
+        return True
+    if not optimizer.state:  # torch would make it up, by a step of its own
+        logger.error(f"{final} is not written: no step has changed the weights yet")
+        return False
     state = {
         "global_step": global_step,
         "config": dataclasses.asdict(config),
@@ -145,15 +162,14 @@ def save_checkpoint(
         "eval_loss": eval_loss,
     }
     try:
-        _on_main_process(lambda: _start_writing(partial, model))
+        on_main_process(_start_writing, partial, model)
         tensors = _state_dict(model, optimizer)
         with _quiet():
             writer = _ShardWriter(partial / "resume", per_thread_copy_ahead=0)
             dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
         _export(export, partial)
-        _on_main_process(lambda: config.save(partial / "config_used.json"))
-        _on_main_process(lambda: _finish_writing(partial, final, state))
-        _on_main_process(lambda: _prune(output_dir, config.keep_checkpoints))
+        on_main_process(config.save, partial / "config_used.json")
+        on_main_process(_finish_writing, partial, final, state)
     except (OSError, CheckpointException) as error:
         if isinstance(error, CheckpointException):  # its own text is tracebacks
             error = next(iter(error.failures.values()))[0]
@@ -161,8 +177,9 @@ def save_checkpoint(
             f"{final} could not be written; training goes on, and the next save tries again: "
             f"{' '.join(str(error).split())[:300]}"
         )
-        _on_main_process(lambda: shutil.rmtree(partial, ignore_errors=True))
+        on_main_process(shutil.rmtree, partial, True)  # ignoring errors
         return False
+    on_main_process(_prune, output_dir, config)
     return True
 
 
@@ -173,6 +190,10 @@ class _ShardWriter(dcp.FileSystemWriter):
     (https://github.com/pytorch/pytorch/issues/195982), so that one file of all would take as much
     main memory as the checkpoint has bytes. Can go when that is closed.
     """
+
+    def storage_meta(self):
+        """Leave out the folder: it will be renamed, and a Path is another class in Python 3.13."""
+        return None
 
     def write_data(self, plan, planner):
         """Count files: the writer of torch takes one for each thread."""
@@ -187,7 +208,10 @@ class _ShardWriter(dcp.FileSystemWriter):
 
 
 def export_at_last(export, output_dir: Path) -> None:
-    """Write the model at the end of a run; where there is no room, wait until there is."""
+    """Write the model at the end of a run; where there is no room, wait until there is.
+
+    A signal ends the waiting: the last step is saved as a checkpoint.
+    """
     while True:
         try:
             return _export(export, output_dir)
@@ -196,7 +220,10 @@ def export_at_last(export, output_dir: Path) -> None:
                 f"{output_dir}: the model could not be written: {' '.join(str(error).split())}. "
                 f"Make room: trying again in {EXPORT_AGAIN_SECONDS} s"
             )
-            time.sleep(EXPORT_AGAIN_SECONDS)
+            for _ in range(EXPORT_AGAIN_SECONDS):
+                time.sleep(1)
+                if StopSignal.was_noted:
+                    sys.exit(EXIT_STOPPED)
 
 
 def _export(export, partial: Path) -> None:
@@ -211,7 +238,7 @@ def _export(export, partial: Path) -> None:
         if failure:
             raise failure
 
-    _on_main_process(tell)
+    on_main_process(tell)
 
 
 def _state_dict(model, optimizer) -> dict:
@@ -258,11 +285,8 @@ def _finish_writing(partial: Path, final: Path, state: dict) -> None:
     (partial / STATE_FILE).write_text(text, encoding="utf-8")
     for path in (*paths, partial / STATE_FILE, partial / "resume", partial):
         _flush(path)
-    former = _put_aside(final) if final.exists() else None
     os.rename(partial, final)
     _flush(final.parent)
-    if former:
-        shutil.rmtree(former)
 
 
 def _flush(path: Path) -> None:
@@ -308,32 +332,32 @@ def _digest(state: dict) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _prune(output_dir: Path, keep: int) -> None:
-    """Keep the newest `keep` checkpoints, and the best by held-out loss."""
+def _prune(output_dir: Path, config: Config) -> None:
+    """Keep the newest --keep_checkpoints, and the best by the loss on --eval_data."""
     checkpoints = list_checkpoints(output_dir)
     losses = {}
     for path in checkpoints:
         try:
-            losses[path] = _read_state(path)["eval_loss"]
+            state = _read_state(path)
         except (OSError, ValueError, KeyError):
             continue  # damaged: resuming will say so
-    measured = [path for path, loss in losses.items() if loss is not None]
-    best = min(measured, key=losses.get, default=None)
-    for path in checkpoints[keep:]:
+        loss = math.nan if state["eval_loss"] is None else state["eval_loss"]
+        if math.isfinite(loss) and state["config"]["eval_data"] == config.eval_data:
+            losses[path] = loss
+    best = min(losses, key=losses.get, default=None)
+    for path in checkpoints[config.keep_checkpoints :]:
         if path != best:
             _remove(path)
 
 
 def _remove(folder: Path) -> None:
     """Delete a checkpoint so that no half of it ever looks like one."""
-    shutil.rmtree(_put_aside(folder))
-
-
-def _put_aside(folder: Path) -> Path:
     doomed = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(folder, doomed)
-    return doomed
+    try:
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        logger.warning(f"{folder} could not be deleted: {error}")
 
 
 # ---------------------------------------------------------------- resume
@@ -344,7 +368,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     found = [
         (int(match[1]), path)
         for path in output_dir.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+        if (match := NAME.fullmatch(path.name))
     ]
     return [path for _, path in sorted(found, reverse=True)]
 
@@ -357,6 +381,8 @@ def find_checkpoint(config: Config) -> Path:
     """
     if config.resume_from != "latest":
         folder = Path(config.resume_from)
+        if not NAME.fullmatch(folder.resolve().name):
+            raise UserError(f"--resume_from {folder}: must be latest or a folder checkpoint-STEP")
         if problem := damage(folder):
             raise UserError(f"--resume_from {folder}: {problem}")
         return folder
@@ -405,9 +431,24 @@ def _read_state(folder: Path) -> dict:
     return content["state"]
 
 
-def check_same_run(folder: Path, config: Config, data_digest: str) -> None:
-    """Raise UserError naming every hyper-parameter, and the data, that differ from a checkpoint."""
+def check_same_run(folder: Path, config: Config, data_digest: str, num_steps: int) -> None:
+    """Raise UserError naming every hyper-parameter, and the data, that differ from a checkpoint.
+
+    Also where it is beyond the `num_steps` of this run.
+    """
     state = _read_state(folder)
+    if state["global_step"] > num_steps:
+        raise UserError(
+            f"{folder}: has done more than the {num_steps} steps that --num_epochs and --max_steps "
+            "make: raise them"
+        )
+    for name in ("num_epochs", "max_steps"):
+        before, now = state["config"][name], getattr(config, name)
+        if before != now:
+            logger.warning(
+                f"--{name}: was {before}, is {now}: the learning rate follows the new number of "
+                "steps from here on"
+            )
     present = dataclasses.asdict(config)
     differences = [
         f"  --{name}: was {state['config'].get(name)}, is {value}"
@@ -433,12 +474,13 @@ def rewind_files(folder: Path) -> None:
     What an interrupted save or removal has left is deleted.
     """
     for leftover in folder.parent.glob(".checkpoint-*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
     for later in list_checkpoints(folder.parent):
         if later.resolve() == folder.resolve():
             break
         abandoned = later.with_name(f"abandoned-{later.name}")
-        shutil.rmtree(abandoned, ignore_errors=True)
+        while abandoned.exists():  # that of another attempt
+            abandoned = abandoned.with_name(f"{abandoned.name}-again")
         os.rename(later, abandoned)
         logger.warning(f"{later} is not of the run that goes on: it is {abandoned.name} now")
     for name, size in _read_state(folder)["sizes"].items():
@@ -494,17 +536,3 @@ def _restore_random_states(states: dict[str, str]) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def _on_main_process(action) -> None:
-    """Run `action` on the main process; an OSError there is raised on every rank."""
-    error = [None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            action()
-        except OSError as reason:
-            error = [reason]
-    if dist.is_initialized():
-        dist.broadcast_object_list(error)
-    if error[0] is not None:
-        raise error[0]

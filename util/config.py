@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import transformers
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
@@ -255,6 +256,25 @@ def explain_out_of_memory(error: Exception) -> UserError:
         "told, without a GPU, by check_data.py with the flags of this run and --plan GIB. "
         f"PyTorch says: {' '.join(str(error).split())[:300]}"
     )
+
+
+def on_main_process(function, *arguments):
+    """Return on every rank what `function` returns on the main one, where alone it runs.
+
+    An OSError or UserError is raised on every rank too. On a single device, it is just called.
+    """
+    if not dist.is_initialized():
+        return function(*arguments)
+    result = [None]
+    if dist.get_rank() == 0:
+        try:
+            result = [function(*arguments)]
+        except (OSError, UserError) as error:
+            result = [error]
+    dist.broadcast_object_list(result)
+    if isinstance(result[0], (OSError, UserError)):
+        raise result[0]
+    return result[0]
 
 
 def run_main(main) -> None:

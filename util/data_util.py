@@ -111,7 +111,7 @@ def _split_rate(name: str) -> tuple[str, float]:
     if not path:
         return name, 1.0
     if not 0 < rate < float("inf"):
-        raise UserError(f"--train_data {name}: the sampling rate must be above 0")
+        raise UserError(f"{name}: the sampling rate must be above 0")
     return path, rate
 
 

@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from accelerate import PartialState, init_empty_weights
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from safetensors import safe_open
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -31,10 +32,16 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from util.checkpoint_util import EXIT_STOPPED, StopSignal
-from util.config import Config, UserError, explain_out_of_memory, fill_defaults
+from util.config import (
+    Config,
+    UserError,
+    explain_out_of_memory,
+    fill_defaults,
+    on_main_process,
+)
 from util.logutil import MetricsFile, open_reporter
 from util.memory_util import init_lora, local_rows, prepare_for_training
-from util.model_util import is_exported, register_attention, write_model
+from util.model_util import explained, is_exported, register_attention, write_model
 from util.plan_util import Plan, Step
 from util.tiny_model import cached_tiny_model
 
@@ -74,14 +81,6 @@ def start_processes(config: Config, device: torch.device) -> PartialState:
     return state
 
 
-def on_main_process(function, *arguments):
-    """Return on every rank what `function` returns on the main one, where alone it runs."""
-    result = [None]
-    if PartialState().is_main_process:
-        result = [function(*arguments)]
-    return broadcast_object_list(result)[0]
-
-
 def main_process_metrics(config: Config) -> MetricsFile:
     """Return the metrics file of the run on the main process; elsewhere one that keeps nothing."""
     if not PartialState().is_main_process:
@@ -93,7 +92,7 @@ def main_process_metrics(config: Config) -> MetricsFile:
 def agree_on_signal(stop: StopSignal, device: torch.device) -> None:
     """Let all ranks stop after the same step, whichever of them a signal has reached."""
     noted = stop.noted  # once: it may change at any time
-    stopping = torch.tensor(float(noted is not None), device=device)
+    stopping = torch.full((), float(noted is not None), device=device)
     dist.all_reduce(stopping, dist.ReduceOp.MAX)
     if stopping.item():
         stop.name = noted or "a signal to another rank"
@@ -101,7 +100,7 @@ def agree_on_signal(stop: StopSignal, device: torch.device) -> None:
 
 def gather_problems(problems: list[str], device: torch.device) -> list[str]:
     """Return on every rank the messages of all ranks; objects travel only where there are any."""
-    count = torch.tensor(float(len(problems)), device=device)
+    count = torch.full((), float(len(problems)), device=device)
     dist.all_reduce(count)
     return gather_object(problems) if count.item() else []
 
@@ -118,7 +117,8 @@ def check_shared(output_dir: Path) -> None:
     deadline = time.monotonic() + SHARED_FOLDER_SECONDS
     while not (is_seen := token.exists()) and time.monotonic() < deadline:
         time.sleep(0.2)
-        os.listdir(output_dir.parent)  # network file systems may remember that it was not there
+        with suppress(OSError):  # network file systems may remember that it was not there
+            os.listdir(output_dir.parent)
     blind = [] if is_seen else [socket.gethostname()]
     blind = gather_object(blind)
     if PartialState().is_main_process:
@@ -237,7 +237,8 @@ def load_sharded_model(
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
     model.tie_weights()  # to_empty gives each name a tensor of its own
-    _read_shards(model, folder, transforms)
+    with explained(folder):
+        _read_shards(model, folder, transforms)
     init_lora(model, config.seed)
     return model
 

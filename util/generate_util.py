@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 
-from util.config import Config, UserError
+from util.config import Config, UserError, on_main_process
 from util.data_util import Records, media_of, parse_conversation, text_of
 from util.media_source import describe as describe_media
 from util.media_source import map_paths
@@ -31,7 +30,7 @@ from util.model_util import (
     load_processor,
 )
 from util.page_util import make_visible
-from util.plan_util import PlannedData
+from util.plan_util import PlannedData, explain_bad_sample
 from util.sample_util import Sample, SampleEncoder
 from util.score_util import load_metric, score_all
 
@@ -218,24 +217,35 @@ def score_answers(config: Config, model, build_inputs, data: PlannedData) -> dic
 
     Every rank answers all of them: sharded layers are gathered by all ranks together, and a text
     on one and a picture on another would call for other layers. An answer may be twice as long as
-    the longest reference.
+    the longest reference. Raises UserError where a prompt cannot be read, unless bad samples are
+    to be left out.
     """
     encoder, prompts = data.samples.encoder, held_out_prompts(data, config.eval_generate)
     if not prompts:
         return {}
-    references = [reference for _, reference in prompts]
-    limit = 2 * max(len(ids) for ids in encoder.tokenizer(references).input_ids) + 1
+    texts = [text_of(answer) for _, _, answer in prompts]
+    limit = 2 * max(len(ids) for ids in encoder.tokenizer(texts).input_ids) + 1
     # As many at once as training may hold, and one at least.
-    longest = int(data.index.num_tokens.max()) + limit
+    longest = int(data.index.num_tokens[[i for i, _, _ in prompts]].max()) + limit
     batch_size = min(config.batch_size, max(1, config.max_tokens // longest))
-    answers = []
+    answers, references = [], []
     with _ready_to_answer(model):
         for start in range(0, len(prompts), batch_size):
             chosen = prompts[start : start + batch_size]
-            samples = [encoder.encode_prompt(*prompt) for prompt, _ in chosen]
-            synced = dist.is_initialized()
-            answers += generate(model, encoder, build_inputs, samples, limit, synced_gpus=synced)
-    scores = score_all(answers, references, load_metric(config.metric))
+            # Read once for all ranks, so that all of them leave out the same ones.
+            samples, readable, problems = on_main_process(_read_prompts, data, chosen)
+            if problems and config.on_bad_sample == "stop":
+                raise explain_bad_sample(problems[0])
+            for problem in problems:
+                logger.warning(f"left out   {problem}")
+            if samples:
+                synced = dist.is_initialized()
+                answers += generate(model, encoder, build_inputs, samples, limit, synced)
+                references += readable
+    if not answers:
+        return {}
+    # The user's metric is asked once, not on every rank.
+    scores = on_main_process(score_all, answers, references, load_metric(config.metric))
     result = {
         "eval_exact_match": scores["num_exact"] / scores["num_scored"],
         "eval_character_error_rate": scores["character_error_rate"],
@@ -243,16 +253,28 @@ def score_answers(config: Config, model, build_inputs, data: PlannedData) -> dic
     return result if scores["metric"] is None else result | {"eval_metric": scores["metric"]}
 
 
-def held_out_prompts(data: PlannedData, most: int) -> list[tuple[tuple, str]]:
-    """Return (messages and folder, reference) of the first `most` samples that end in an answer."""
-    prompts, records = [], data.samples.records
-    for i in np.flatnonzero(data.index.num_tokens > 0).tolist():
+def held_out_prompts(data: PlannedData, most: int) -> list[tuple[int, list[dict], dict]]:
+    """Return (number, messages, answer) of the first `most` planned samples that end in one."""
+    prompts = []
+    for i in (i for numbers, _ in data.plan.groups for i in numbers.tolist()):
         if len(prompts) == most:
             break
-        *messages, last = parse_conversation(records[i])
+        *messages, last = parse_conversation(data.samples.records[i])
         if last["role"] == "assistant":
-            prompts.append(((messages, records.folder(i)), text_of(last)))
+            prompts.append((i, messages, last))
     return prompts
+
+
+def _read_prompts(data: PlannedData, prompts: list) -> tuple[list[Sample], list[str], list[str]]:
+    """Return the samples of prompts, their references, and what is wrong with the others."""
+    samples, references, problems, records = [], [], [], data.samples.records
+    for i, messages, answer in prompts:
+        try:
+            samples.append(data.samples.encoder.encode_prompt(messages, records.folder(i)))
+            references.append(text_of(answer))
+        except ValueError as error:
+            problems.append(f"{records.where(i)}: {error}")
+    return samples, references, problems
 
 
 @contextmanager
@@ -262,9 +284,11 @@ def _ready_to_answer(model):
     if attention == "packed_sdpa":
         model.set_attn_implementation("sdpa")  # packed_sdpa knows no padding and no cache
     model.eval()
-    yield
-    model.train()
-    model.set_attn_implementation(attention)
+    try:
+        yield
+    finally:
+        model.train()
+        model.set_attn_implementation(attention)
 
 
 def generate(

@@ -81,7 +81,7 @@ class MetricsFile:
     """Appends JSON objects to a metrics.jsonl, each of them once.
 
     Where that fails (a full disk, a vanished folder), that is logged, and the objects wait until
-    it works again. `report` is called with each of them.
+    it works again. `report` is called with the numbers of each of them.
     """
 
     def __init__(self, path: Path, report: Callable[[dict], None] = lambda row: None):
@@ -90,7 +90,8 @@ class MetricsFile:
 
     def append(self, row: dict) -> None:
         """Append `row` and whatever waits."""
-        self.report(row)
+        # A step that was skipped has no loss; what has an entry for each rank is in the file alone.
+        self.report({k: value for k, value in row.items() if isinstance(value, int | float)})
         self._waiting.append(json.dumps(row) + "\n")
         try:
             with self.path.open("ab") as file:
@@ -143,8 +144,7 @@ def open_reporter(config: Config, output_dir: Path) -> Callable[[dict], None]:
 
         def report(metrics: dict) -> None:
             for name, value in metrics.items():
-                if value is not None:  # a step that was skipped has no loss
-                    writer.add_scalar(name, value, metrics["global_step"])
+                writer.add_scalar(name, value, metrics["global_step"])
             writer.flush()  # else the last two minutes of a run that is killed are lost
 
         return report

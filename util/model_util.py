@@ -3,9 +3,12 @@
 import json
 import logging
 import os
+import re
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from copy import deepcopy
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -46,9 +49,14 @@ def choose_device(name: str | None) -> torch.device:
     CPU would be a toy run.
     """
     if name:
-        if torch.device(name).type == "cuda" and not torch.cuda.is_available():
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+            raise UserError(f"--device {name}: must be cuda, cuda:1 (or another number), or cpu")
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"--device {name}: {_why_no_cuda()}")
-        return torch.device(name)
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {name}: torch finds {torch.cuda.device_count()} GPUs")
+        return device
     if torch.cuda.is_available():
         return torch.device("cuda")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
@@ -139,7 +147,7 @@ def find_model(name: str, with_weights: bool = True) -> str:
         if not is_model_folder(name):
             raise UserError(f"{name}: is not a model folder: it has no config.json")
         return name
-    if name.count("/") != 1 or name[0] in "./~":
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise UserError(
             f"{name}: no such folder, and not a hub name like Qwen/Qwen2-VL-2B-Instruct"
         )
@@ -165,6 +173,17 @@ def find_model(name: str, with_weights: bool = True) -> str:
         raise UserError(f"{name}: the hub refuses it: {error}") from error
 
 
+def find_model_to_train(name: str, with_weights: bool = True) -> str:
+    """Return what find_model does. Raises UserError where it is an adapter, and not a model."""
+    folder = find_model(name, with_weights)
+    if (Path(folder) / ADAPTER_FILE).is_file():
+        raise UserError(
+            f"{name}: is a LoRA adapter; to train on, merge it first: "
+            f"python -m util.merge_adapter {name} MERGED"
+        )
+    return folder
+
+
 def _why_unreachable(url: str) -> str | None:
     """Ask the hub once; from_pretrained would retry for minutes."""
     if constants.HF_HUB_OFFLINE:
@@ -173,7 +192,7 @@ def _why_unreachable(url: str) -> str | None:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
     except urllib.error.HTTPError:
         return None  # it answered; what it objects to is for the download to say
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         return str(getattr(error, "reason", error))
     return None
 
@@ -186,18 +205,31 @@ def base_folder(folder: str) -> str:
     return find_model(json.loads(adapter.read_text())["base_model_name_or_path"])
 
 
+@contextmanager
+def explained(folder: str):
+    """Raise UserError where files of a model folder cannot be read."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}: its files cannot be read; are they whole? {reason}") from error
+
+
 def load_processor(folder: str, config: Config):
     """Return the processor of a model, with the pixel limits of this run written into it.
 
     Raises UserError where the model is of no family that this repo trains.
     """
-    model_config = transformers.AutoConfig.from_pretrained(base_folder(folder))
+    with explained(folder):
+        model_config = transformers.AutoConfig.from_pretrained(base_folder(folder))
+        processor = transformers.AutoProcessor.from_pretrained(folder)
     model_type = model_config.model_type
     if model_type not in FAMILIES:
         raise UserError(f"{folder}: is of type {model_type}; use one of {', '.join(FAMILIES)}")
     if "sliding_attention" in getattr(model_config.text_config, "layer_types", []):
         raise UserError(f"{folder}: its config.json asks for sliding attention: not supported")
-    processor = transformers.AutoProcessor.from_pretrained(folder)
     processor.tokenizer.padding_side = "left"  # what batched generation needs
     policy = pixel_policy(processor, config)
     processor.image_processor.size = {
@@ -252,11 +284,6 @@ def load_model(folder: str, attention: str, device: torch.device, config: Config
     Weights are read in the checkpoint's own dtype (bf16 on the hub) and changed one at a time, so
     that neither side ever holds more than it has to.
     """
-    if (Path(folder) / ADAPTER_FILE).is_file():
-        raise UserError(
-            f"{folder}: is a LoRA adapter; to train on, merge it first: "
-            f"python -m util.merge_adapter {folder} MERGED"
-        )
     model = _from_pretrained(folder, attention, dtype="auto")
     prepare_for_training(model, config, device)
     model.to(device)  # what are not parameters
@@ -275,9 +302,10 @@ def load_model_to_answer(folder: str, attention: str, device: torch.device, dtyp
 
 def _from_pretrained(folder: str, attention: str, dtype, **options):
     register_attention(attention)
-    return transformers.AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention, **options
-    )
+    with explained(folder):
+        return transformers.AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention, **options
+        )
 
 
 def register_attention(attention: str) -> None:

@@ -7,6 +7,7 @@ micro-batch: several samples in one row, without padding
 
 import contextlib
 import hashlib
+import logging
 import os
 import signal
 import time
@@ -28,6 +29,8 @@ from transformers.vision_utils import (
 from util.config import UserError
 from util.data_util import Records
 from util.sample_util import IGNORE, Sample, SampleEncoder
+
+logger = logging.getLogger("finetune")
 
 REPO_DIR = Path(__file__).resolve().parent.parent
 CACHE_DIR = REPO_DIR / ".cache"
@@ -84,10 +87,15 @@ def build_index(records: Records, encoder: SampleEncoder) -> tuple[Index, list[s
         else:
             rows[i] = row
     if len(missing) > len(problems):
-        CACHE_DIR.mkdir(exist_ok=True)
         partial = cache_file.with_suffix(f".{os.getpid()}.npy")
-        np.save(partial, rows)
-        os.replace(partial, cache_file)
+        try:
+            CACHE_DIR.mkdir(exist_ok=True)
+            np.save(partial, rows)
+            os.replace(partial, cache_file)
+        except OSError as error:
+            logger.warning(f"the index is not kept, and will be measured again: {error}")
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
     return Index(*rows.T), problems
 
 
@@ -221,7 +229,8 @@ class Plan:
         self.groups = []
         for first, last, rate in groups or [(0, len(index), 1.0)]:
             numbers = first + np.flatnonzero(usable[first:last])
-            self.groups.append((numbers, round(rate * len(numbers))))
+            # However low the rate, no file is left out altogether.
+            self.groups.append((numbers, max(round(rate * len(numbers)), min(1, len(numbers)))))
         self.num_samples_per_epoch = sum(count for _, count in self.groups)
         self.num_steps_per_epoch = -(-self.num_samples_per_epoch // batch_size)
         self._order = (None, None)
@@ -473,14 +482,19 @@ def load_micro_batches(
 def explain_stop(step: Step, loss=None, grad_norm=None, bad_sample: str | None = None) -> UserError:
     """Return why a run stops in a step: a sample that cannot be read, or numbers not finite."""
     if bad_sample:
-        return UserError(
-            f"{bad_sample}. Correct it and resume, or resume with --on_bad_sample skip; "
-            "check_data.py --decode finds all such samples at once"
-        )
+        return explain_bad_sample(bad_sample)
     return UserError(
         f"step {step.global_step + 1}: loss {loss}, gradient norm {grad_norm}: stopped before the "
         f"weights change. Samples of this step: {step.samples}. Look at them (check_data.py "
         "--show N), lower --learning_rate, or try --precision fp32"
+    )
+
+
+def explain_bad_sample(problem: str) -> UserError:
+    """Return what to do about a sample that only decoding has shown to be bad."""
+    return UserError(
+        f"{problem}. Put it right, at the same size, or use --on_bad_sample skip. Steps that were "
+        "done are saved: --resume_from latest. check_data.py --decode finds all such samples"
     )
 
 

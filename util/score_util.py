@@ -60,6 +60,7 @@ def score_all(answers: list[str], references: list[str | None], metric: Metric |
     }
 
 
+@functools.cache  # with what its function remembers
 def load_metric(name: str | None) -> Metric | None:
     """Return the function that `--metric path.py:function` names, checked on every call.
 
