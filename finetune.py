@@ -64,6 +64,7 @@ from util.plan_util import (
     Stopwatch,
     explain_bad_sample,
     explain_stop,
+    first_fatal,
     load_micro_batches,
     prepare_data,
 )
@@ -132,7 +133,7 @@ def train(
         loss, grad_norm = torch.stack([loss, grad_norm]).tolist()
         is_bad = not (math.isfinite(loss) and math.isfinite(grad_norm))
         num_bad_steps = num_bad_steps + 1 if is_bad else 0
-        bad_sample = problems[0] if problems and config.on_bad_sample == "stop" else None
+        bad_sample = first_fatal(problems, config)
         if bad_sample or num_bad_steps > config.skip_bad_steps:
             save_checkpoint(
                 step.global_step, model, optimizer, export, config, data.digest, eval_loss
@@ -209,8 +210,8 @@ def evaluate(config: Config, model, build_inputs, data: PlannedData, autocast, d
             loss_sum += cross_entropy_sum(logits, targets)
             num_supervised_tokens += len(targets)
             problems += micro_batch.problems
-    if problems and config.on_bad_sample == "stop":
-        raise explain_bad_sample(problems[0])
+    if bad_sample := first_fatal(problems, config):
+        raise explain_bad_sample(bad_sample)
     for problem in problems:
         logger.warning(f"left out   {problem}")
     result = {"eval_loss": (loss_sum / num_supervised_tokens).item()}

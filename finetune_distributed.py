@@ -74,6 +74,7 @@ from util.plan_util import (
     Stopwatch,
     explain_bad_sample,
     explain_stop,
+    first_fatal,
     load_micro_batches,
     prepare_data,
 )
@@ -148,7 +149,7 @@ def train(
         problems = gather_problems(problems, device)  # dist
         is_bad = not (math.isfinite(loss) and math.isfinite(grad_norm))
         num_bad_steps = num_bad_steps + 1 if is_bad else 0
-        bad_sample = problems[0] if problems and config.on_bad_sample == "stop" else None
+        bad_sample = first_fatal(problems, config)
         if bad_sample or num_bad_steps > config.skip_bad_steps:
             save_checkpoint(
                 step.global_step, model, optimizer, export, config, data.digest, eval_loss
@@ -230,8 +231,8 @@ def evaluate(config: Config, model, build_inputs, data: PlannedData, autocast, d
     totals = torch.stack([loss_sum, num_supervised_tokens])  # dist
     loss_sum, num_supervised_tokens = reduce(totals, "sum")  # dist
     problems = gather_problems(problems, device)  # dist
-    if problems and config.on_bad_sample == "stop":
-        raise explain_bad_sample(problems[0])
+    if bad_sample := first_fatal(problems, config):
+        raise explain_bad_sample(bad_sample)
     for problem in problems:
         logger.warning(f"left out   {problem}")
     result = {"eval_loss": (loss_sum / num_supervised_tokens).item()}
@@ -267,11 +268,10 @@ def main() -> None:
     folder = find_model_to_train(config.model_name_or_path)
     processor = load_processor(folder, config)
     encoder = build_encoder(folder, processor, config)
-    once = on_main_process  # dist
-    data = prepare_data(config.train_data, encoder, config, world_size, once)  # dist
+    data = prepare_data(config.train_data, encoder, config, world_size)  # dist
     eval_data = None
     if config.eval_data:
-        eval_data = prepare_data(config.eval_data, encoder, config, world_size, once)  # dist
+        eval_data = prepare_data(config.eval_data, encoder, config, world_size)  # dist
     num_steps = data.plan.num_steps_per_epoch * config.num_epochs
     num_steps = min(num_steps, config.max_steps or num_steps)
     check_fits(folder, config, device, mesh["shard"].size())  # dist

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import multiprocessing
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,12 @@ REPO = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 # Two test processes share two cores.
 torch.set_num_threads(1)
+
+
+def pytest_sessionfinish():
+    """End the loader's workers of runs that have failed: Python would wait for them."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 @pytest.fixture(autouse=True)

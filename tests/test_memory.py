@@ -206,12 +206,6 @@ def test_lora_adapts_the_parts_that_train_names(mixed_data, tiny_folder):
     assert all(".lora_" in name and part_of(name) == "vision" for name in trained)
 
 
-def test_an_adapter_is_not_trained_on(tmp_path, mixed_data):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="merge_adapter"):
-        load_model(str(tmp_path), "packed_sdpa", CPU, tiny_config(train_data=[mixed_data]))
-
-
 @pytest.fixture(scope="module")
 def held_out_loss(tmp_path_factory):
     """Return a function: a precision -> the held-out loss after 200 steps, 4 epochs.

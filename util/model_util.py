@@ -224,12 +224,13 @@ def load_processor(folder: str, config: Config):
     """
     with explained(folder):
         model_config = transformers.AutoConfig.from_pretrained(base_folder(folder))
-        processor = transformers.AutoProcessor.from_pretrained(folder)
     model_type = model_config.model_type
     if model_type not in FAMILIES:
         raise UserError(f"{folder}: is of type {model_type}; use one of {', '.join(FAMILIES)}")
     if "sliding_attention" in getattr(model_config.text_config, "layer_types", []):
         raise UserError(f"{folder}: its config.json asks for sliding attention: not supported")
+    with explained(folder):
+        processor = transformers.AutoProcessor.from_pretrained(folder)
     processor.tokenizer.padding_side = "left"  # what batched generation needs
     policy = pixel_policy(processor, config)
     processor.image_processor.size = {

@@ -26,7 +26,7 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
-from util.config import UserError
+from util.config import UserError, on_main_process
 from util.data_util import Records
 from util.sample_util import IGNORE, Sample, SampleEncoder
 
@@ -425,22 +425,16 @@ class PlannedData:
     problems: list[str]  # why samples are left out of the plan
 
 
-def prepare_data(
-    names: list[str], encoder: SampleEncoder, config, world_size: int, run_once=None
-) -> PlannedData:
+def prepare_data(names: list[str], encoder: SampleEncoder, config, world_size: int) -> PlannedData:
     """Index and plan the data files `names`.
 
-    `run_once(function, *arguments)` calls a function on one rank for all. Ranks that measured for
-    themselves could find other samples bad, and then have other plans.
+    One rank measures for all: others could find other samples bad, and have other plans.
 
     Raises UserError with what is wrong with them; with --on_bad_sample skip, only where nothing
     is left.
     """
     records = Records(names)
-    if run_once:
-        index, problems = run_once(build_index, records, encoder)
-    else:
-        index, problems = build_index(records, encoder)
+    index, problems = on_main_process(build_index, records, encoder)
     problems += check_lengths(records, index, config.max_tokens, encoder)
     if config.on_bad_sample == "stop":
         raise_problems(problems)
@@ -461,22 +455,22 @@ def load_micro_batches(
     """Yield the micro-batches of steps `first_step` up to, without, `last_step`, for one rank.
 
     Worker processes read ahead. Samples that cannot be read are left out, their messages in
-    `problems`. Raises UserError with the message of one that has changed since it was indexed: the
-    plan does not hold with it.
+    `problems`.
     """
     steps = data.plan.steps(first_step, last_step)
-    loader = DataLoader(
+    yield from DataLoader(
         data.samples,
         batch_sampler=(samples for step in steps for samples in step.micro_batches[rank]),
         collate_fn=data.samples.collate,
         pin_memory=device.type == "cuda",
         **_worker_settings(config.num_workers),
     )
-    for micro_batch in loader:
-        for problem in micro_batch.problems:
-            if isinstance(problem, StaleIndex):
-                raise UserError(problem)
-        yield micro_batch
+
+
+def first_fatal(problems: list[str], config) -> str | None:
+    """Return the first problem with which a run may not go on, or None."""
+    is_stop = config.on_bad_sample == "stop"
+    return next((p for p in problems if is_stop or isinstance(p, StaleIndex)), None)
 
 
 def explain_stop(step: Step, loss=None, grad_norm=None, bad_sample: str | None = None) -> UserError:
@@ -492,6 +486,8 @@ def explain_stop(step: Step, loss=None, grad_norm=None, bad_sample: str | None =
 
 def explain_bad_sample(problem: str) -> UserError:
     """Return what to do about a sample that only decoding has shown to be bad."""
+    if isinstance(problem, StaleIndex):
+        return UserError(problem)
     return UserError(
         f"{problem}. Put it right, at the same size, or use --on_bad_sample skip. Steps that were "
         "done are saved: --resume_from latest. check_data.py --decode finds all such samples"
