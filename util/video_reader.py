@@ -227,15 +227,18 @@ class VideoReader:
         for row, i in enumerate(wanted):
             i = self.index_at(i) if isinstance(i, float) else range(len(self))[i]
             rows.setdefault(self._times[i], []).append(row)
-        frames = np.empty((len(wanted), height, width, 3), np.uint8)
+        frames = np.empty((len(wanted), 3, height, width), np.uint8)
         # What decoding from key frames does not yield (a key frame that is none, as with intra
         # refresh), decoding everything does, or the file is damaged.
         for decode in (self._decode_sparsely, self._decode_from_the_start):
             with contextlib.suppress(av.error.InvalidDataError):
                 for time, frame in decode(sorted(rows)):
-                    frames[rows.pop(time)] = self._to_rgb(frame, height, width)
+                    planes = self._to_rgb(frame, height, width)
+                    for channel, plane in enumerate(planes):
+                        frames[rows[time], channel] = plane
+                    del rows[time]
             if not rows:
-                return torch.from_numpy(frames).permute(0, 3, 1, 2)
+                return torch.from_numpy(frames)
         index = bisect.bisect_left(self._times, min(rows))
         raise ValueError(
             f"the frame at {self.seconds[index]:.3f} s cannot be decoded: the file is damaged"
@@ -300,11 +303,15 @@ class VideoReader:
             if not missing:
                 return
 
-    def _to_rgb(self, frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
-        # swscale converts and shrinks in one pass; the full-size RGB picture never exists.
+    def _to_rgb(self, frame: av.VideoFrame, height: int, width: int) -> list[np.ndarray]:
+        # swscale converts and shrinks in one pass; the full-size RGB picture never exists. Planes
+        # take it a third of the time of rgb24, and the bits are the same.
         if self._quarter_turns % 2:
             height, width = width, height
         threads = self._num_threads
-        rgb = frame.reformat(width, height, "rgb24", interpolation=INTERPOLATION, threads=threads)
-        pixels = np.rot90(rgb.to_ndarray(), self._quarter_turns)
-        return pixels[:, ::-1] if self._is_mirrored else pixels
+        gbr = frame.reformat(width, height, "gbrp", interpolation=INTERPOLATION, threads=threads)
+        planes = (
+            np.frombuffer(plane, np.uint8).reshape(height, -1)[:, :width] for plane in gbr.planes
+        )
+        green, blue, red = (np.rot90(plane, self._quarter_turns) for plane in planes)
+        return [p[:, ::-1] if self._is_mirrored else p for p in (red, green, blue)]

@@ -346,6 +346,8 @@ def patchify(frames: torch.Tensor, policy: PixelPolicy) -> torch.Tensor:
     as (channel, frame, row, column). A last odd frame is repeated, as an image is.
     """
     depth, patch, merge = policy.temporal_patch_size, policy.patch_size, policy.merge_size
+    # A picture comes with its colours side by side, from where short rows are slow to copy.
+    frames = frames.contiguous()
     if missing := -len(frames) % depth:
         frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
     grid_t, grid_h, grid_w = policy.grid(len(frames), *frames.shape[-2:])
@@ -405,5 +407,5 @@ def read_image(source: str | BytesIO | Image.Image) -> torch.Tensor:
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        pixels = np.array(image.convert("RGB"))
+        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
