@@ -125,7 +125,7 @@ def load_for_plan(config: Config):
     """
     try:
         folder = find_model_to_train(config.model_name_or_path, with_weights=False)
-        model_config = transformers.AutoConfig.from_pretrained(folder)
+        model_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except UserError:
         if config.model_name_or_path not in PUBLISHED_SHAPES:
             raise

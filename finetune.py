@@ -23,6 +23,7 @@ from util.checkpoint_util import (
     find_checkpoint,
     load_checkpoint,
     make_output_dir,
+    missed_evaluation,
     rewind_files,
     save_checkpoint,
 )
@@ -101,10 +102,10 @@ def train(
     stop, eval_loss, num_bad_steps = StopSignal(), None, 0
     if data.problems and first_step == 0:
         metrics_file.append({"global_step": 0, "num_bad_samples": len(data.problems)})
-    if eval_data and first_step == 0:
+    if eval_data and (not checkpoint or missed_evaluation(checkpoint, config, num_steps)):
         scores = evaluate(config, model, build_inputs, eval_data, autocast, device)
-        metrics_file.append({"global_step": 0, **scores})
-        logger.info(f"step       0/{num_steps:,}   {describe_evaluation(scores)}")
+        metrics_file.append({"global_step": first_step, **scores})
+        logger.info(f"step {first_step:>7,}/{num_steps:,}   {describe_evaluation(scores)}")
 
     for step in data.plan.steps(first_step, num_steps):
         started, global_step = time.perf_counter(), step.global_step + 1
@@ -262,7 +263,7 @@ def main() -> None:
 
     started = time.perf_counter()
     train(config, model, processor, data, eval_data, num_steps, device, checkpoint)
-    export_at_last(partial(export_model, model, processor), output_dir)  # single
+    export_at_last(partial(export_model, model, processor), output_dir, num_steps)  # single
     plot_loss(output_dir / "metrics.jsonl", output_dir / "loss.png")  # single
     log_left_out(output_dir / "metrics.jsonl")  # single
     logger.info(

@@ -69,7 +69,7 @@ def run_rank(argv: list[str]) -> None:
         counts.clear()
         train(*args)
         if dist.get_rank() == 0:
-            Path(args[-1], "bytes.json").write_text(json.dumps(counts))
+            Path(args[0].output_dir, "bytes.json").write_text(json.dumps(counts))
 
     finetune_distributed.train = counted_train
     sys.argv = ["finetune_distributed.py", *argv]

@@ -205,6 +205,19 @@ def test_a_checkpoint_has_the_held_out_loss_of_its_own_weights_or_none(run, mixe
         assert state["state"]["eval_loss"] == evaluated.get(step)
 
 
+def test_an_evaluation_that_a_signal_has_skipped_is_made_up_for(run, mixed_data):
+    flags = {"eval_data": [mixed_data], "eval_steps": 2, "num_steps": 5}
+    straight = run("straight", **flags)
+    stopped = run("broken", stop_after=4, **flags)
+    assert [m["global_step"] for m in stopped.metrics if "eval_loss" in m] == [0, 2]
+    resumed = run("broken", checkpoint=stopped.folder / "checkpoint-4", **flags)
+    expected, got = (
+        [(m["global_step"], m["eval_loss"]) for m in result.metrics if "eval_loss" in m]
+        for result in (straight, resumed)
+    )
+    assert got == expected and [step for step, _ in got] == [0, 2, 4, 5]
+
+
 def test_an_evaluation_that_fails_costs_no_step(run, mixed_data, tmp_path):
     """A judge that cannot be reached at the very end, say."""
     (tmp_path / "judge.py").write_text(
@@ -322,15 +335,17 @@ def test_the_last_export_waits_for_room(monkeypatch, caplog, tmp_path):
         if len(tries) < 3:
             raise OSError(28, "No space left on device")
 
-    checkpoint_util.export_at_last(export, tmp_path)
+    checkpoint_util.export_at_last(export, tmp_path, 7)
     assert tries == [tmp_path] * 3 and caplog.text.count("Make room: trying again") == 2
-    # A signal ends the waiting: the last step is saved.
+    # A signal ends the waiting; a run whose last step is saved can go on.
     monkeypatch.setattr(checkpoint_util, "EXPORT_AGAIN_SECONDS", 60)
     monkeypatch.setattr(checkpoint_util.StopSignal, "was_noted", True)
-    tries.clear()
-    with pytest.raises(SystemExit) as info:
-        checkpoint_util.export_at_last(export, tmp_path)
-    assert info.value.code == EXIT_STOPPED
+    for code in (1, EXIT_STOPPED):
+        tries.clear()
+        with pytest.raises(SystemExit) as info:
+            checkpoint_util.export_at_last(export, tmp_path, 7)
+        assert info.value.code == code
+        (tmp_path / "checkpoint-7").mkdir(exist_ok=True)
 
 
 def test_another_run_is_refused_and_every_difference_named(run, mixed_data, caplog):
@@ -345,7 +360,7 @@ def test_another_run_is_refused_and_every_difference_named(run, mixed_data, capl
         check_same_run(checkpoint, fine, result.data.digest, 1)
     other = tiny_config(**flags | {"learning_rate": 0.5, "seed": 3})
     with pytest.raises(UserError) as info:
-        check_same_run(checkpoint, other, "another digest", 20)
+        check_same_run(checkpoint, other, "another digest", 1)
     for words in (
         "--learning_rate: was 0.001, is 0.5",
         "--seed: was 0, is 3",

@@ -101,6 +101,6 @@ def test_folders_that_are_not_whole_are_named(tiny_folder, tmp_path, fault):
     else:
         weights.write_bytes(weights.read_bytes()[:-100])
     config = tiny_config()
-    with pytest.raises(UserError, match=f"{folder}: its files cannot be read; are they whole?"):
+    with pytest.raises(UserError, match=f"{folder}: cannot be loaded; are all files there\\?"):
         load_processor(str(folder), config)
         load_model(str(folder), "packed_sdpa", CPU, config)

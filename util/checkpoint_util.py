@@ -100,7 +100,7 @@ class StopSignal:
     def end_process(self, global_step: int, is_saved: bool, output_dir: str) -> None:
         """Say how to go on after `name` has stopped the run, and exit: only if saved with 75."""
         if not is_saved:
-            logger.error(f"{self.name}: stopped after step {global_step}, which is NOT saved")
+            logger.warning(f"{self.name}: stopped after step {global_step}, which is NOT saved")
             sys.exit(1)
         logger.warning(
             f"{self.name}: stopped after step {global_step}; go on with the same command and\n"
@@ -150,10 +150,9 @@ def save_checkpoint(
     output_dir = Path(config.output_dir)
     final = output_dir / f"checkpoint-{global_step}"
     partial = output_dir / f".checkpoint-{global_step}.partial"
-    if on_main_process(final.exists):
-        return True
     if not optimizer.state:  # torch would make it up, by a step of its own
-        logger.error(f"{final} is not written: no step has changed the weights yet")
+        if global_step:
+            logger.warning(f"{final} is not written: no step has changed the weights yet")
         return False
     state = {
         "global_step": global_step,
@@ -162,6 +161,8 @@ def save_checkpoint(
         "eval_loss": eval_loss,
     }
     try:
+        if on_main_process(final.exists):
+            return True
         on_main_process(_start_writing, partial, model)
         tensors = _state_dict(model, optimizer)
         with _quiet():
@@ -174,12 +175,16 @@ def save_checkpoint(
         if isinstance(error, CheckpointException):  # its own text is tracebacks
             error = next(iter(error.failures.values()))[0]
         logger.error(
-            f"{final} could not be written; training goes on, and the next save tries again: "
+            f"{final} could not be written (earlier ones are untouched): "
             f"{' '.join(str(error).split())[:300]}"
         )
         on_main_process(shutil.rmtree, partial, True)  # ignoring errors
         return False
-    on_main_process(_prune, output_dir, config)
+    logger.info(f"saved      {final}")
+    try:
+        on_main_process(_prune, output_dir, config)
+    except OSError as error:
+        logger.warning(f"{output_dir}: old checkpoints could not be deleted: {error}")
     return True
 
 
@@ -207,10 +212,10 @@ class _ShardWriter(dcp.FileSystemWriter):
         return super()._write_data(planner, file_queue)
 
 
-def export_at_last(export, output_dir: Path) -> None:
+def export_at_last(export, output_dir: Path, num_steps: int) -> None:
     """Write the model at the end of a run; where there is no room, wait until there is.
 
-    A signal ends the waiting: the last step is saved as a checkpoint.
+    A signal ends the waiting, and the process: where the last step is saved, with code 75.
     """
     while True:
         try:
@@ -223,7 +228,8 @@ def export_at_last(export, output_dir: Path) -> None:
             for _ in range(EXPORT_AGAIN_SECONDS):
                 time.sleep(1)
                 if StopSignal.was_noted:
-                    sys.exit(EXIT_STOPPED)
+                    is_saved = (output_dir / f"checkpoint-{num_steps}").is_dir()
+                    sys.exit(EXIT_STOPPED if is_saved else 1)
 
 
 def _export(export, partial: Path) -> None:
@@ -437,18 +443,6 @@ def check_same_run(folder: Path, config: Config, data_digest: str, num_steps: in
     Also where it is beyond the `num_steps` of this run.
     """
     state = _read_state(folder)
-    if state["global_step"] > num_steps:
-        raise UserError(
-            f"{folder}: has done more than the {num_steps} steps that --num_epochs and --max_steps "
-            "make: raise them"
-        )
-    for name in ("num_epochs", "max_steps"):
-        before, now = state["config"][name], getattr(config, name)
-        if before != now:
-            logger.warning(
-                f"--{name}: was {before}, is {now}: the learning rate follows the new number of "
-                "steps from here on"
-            )
     present = dataclasses.asdict(config)
     differences = [
         f"  --{name}: was {state['config'].get(name)}, is {value}"
@@ -465,6 +459,25 @@ def check_same_run(folder: Path, config: Config, data_digest: str, num_steps: in
             "that it was started with, or start a new run from its weights: "
             f"--model_name_or_path {folder}"
         )
+    if state["global_step"] > num_steps:
+        raise UserError(
+            f"{folder}: has done more than the {num_steps} steps that --num_epochs and --max_steps "
+            "make: raise them"
+        )
+    for name in ("num_epochs", "max_steps"):
+        before, now = state["config"][name], getattr(config, name)
+        if before != now:
+            logger.warning(
+                f"--{name}: was {before}, is {now}: the learning rate follows the new number of "
+                "steps from here on"
+            )
+
+
+def missed_evaluation(folder: Path, config: Config, num_steps: int) -> bool:
+    """Return whether the run of a checkpoint ended before an evaluation that was due there."""
+    state = _read_state(folder)
+    is_due = state["global_step"] == num_steps or state["global_step"] % config.eval_steps == 0
+    return is_due and state["eval_loss"] is None
 
 
 def rewind_files(folder: Path) -> None:

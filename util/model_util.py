@@ -207,14 +207,14 @@ def base_folder(folder: str) -> str:
 
 @contextmanager
 def explained(folder: str):
-    """Raise UserError where files of a model folder cannot be read."""
+    """Raise UserError where a model folder cannot be loaded."""
     try:
         yield
     except UserError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder}: its files cannot be read; are they whole? {reason}") from error
+        raise UserError(f"{folder}: cannot be loaded; are all files there? {reason}") from error
 
 
 def load_processor(folder: str, config: Config):
@@ -223,7 +223,9 @@ def load_processor(folder: str, config: Config):
     Raises UserError where the model is of no family that this repo trains.
     """
     with explained(folder):
-        model_config = transformers.AutoConfig.from_pretrained(base_folder(folder))
+        model_config = transformers.AutoConfig.from_pretrained(
+            base_folder(folder), trust_remote_code=False
+        )
     model_type = model_config.model_type
     if model_type not in FAMILIES:
         raise UserError(f"{folder}: is of type {model_type}; use one of {', '.join(FAMILIES)}")

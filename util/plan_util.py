@@ -489,8 +489,8 @@ def explain_bad_sample(problem: str) -> UserError:
     if isinstance(problem, StaleIndex):
         return UserError(problem)
     return UserError(
-        f"{problem}. Put it right, at the same size, or use --on_bad_sample skip. Steps that were "
-        "done are saved: --resume_from latest. check_data.py --decode finds all such samples"
+        f"{problem}. Put it right, at the same size, or use --on_bad_sample skip; if steps are "
+        "saved, with --resume_from latest. check_data.py --decode finds all such samples"
     )
 
 

@@ -305,7 +305,7 @@ class VideoReader:
 
     def _to_rgb(self, frame: av.VideoFrame, height: int, width: int) -> list[np.ndarray]:
         # swscale converts and shrinks in one pass; the full-size RGB picture never exists. Planes
-        # take it a third of the time of rgb24, and the bits are the same.
+        # take it a third of the time of rgb24, and are the same but for a rare rounding.
         if self._quarter_turns % 2:
             height, width = width, height
         threads = self._num_threads
