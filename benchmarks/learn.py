@@ -279,8 +279,8 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=3e-4, help="peak learning rate")
     arguments = parser.parse_args()
     folder = arguments.output_dir.resolve()
-    if folder.exists():
-        parser.error(f"{folder} exists: name a new folder")
+    if folder.exists() and any(folder.iterdir()):
+        parser.error(f"{folder} is not empty: name a new folder")
     clock, times, parts = (time.perf_counter(), cpu_seconds()), {}, {}
 
     def lap(name: str) -> None:
