@@ -505,7 +505,7 @@ def test_a_bad_first_step_leaves_no_checkpoint_that_cannot_be_resumed(run, monke
     assert not list_checkpoints(tmp_path / "out")
 
 
-def test_saving_before_anything_was_trained_changes_nothing(run, monkeypatch):
+def test_saving_before_anything_was_trained_changes_nothing(run, monkeypatch, tmp_path):
     """torch would make AdamW's state up by a step of its own, which AdamW then counts."""
     results = []
     for name, save_steps in (("saved", 1), ("unsaved", 100)):
@@ -517,6 +517,7 @@ def test_saving_before_anything_was_trained_changes_nothing(run, monkeypatch):
     monkeypatch.setattr(finetune, "cross_entropy_sum", BrokenLoss({1, 2}))
     with pytest.raises(UserError, match="step 2"):
         run("never", max_tokens=10**6, skip_bad_steps=1)
+    assert not list_checkpoints(tmp_path / "never")
 
 
 def test_bad_steps_can_be_skipped_but_not_too_many_in_a_row(run, monkeypatch):

@@ -648,6 +648,23 @@ def test_a_bad_sample_on_one_rank_ends_all(tmp_path):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_a_picture_that_changed_on_one_rank_costs_no_step(tmp_path, tiny_folder):
+    """All ranks save the steps done, though one alone has read it; --on_bad_sample skip or not."""
+    paths = [make_image(tmp_path / f"{i}.png", 90, 90, i) for i in range(12)]
+    samples = [[user(image(path), text("?")), assistant("x")] for path in paths]
+    data = write_data(tmp_path / "data.json", samples)
+    prepared = set_up(tiny_config(train_data=[data], batch_size=4), tiny_folder)  # indexed
+    changed = prepared.data.plan.step(2).samples[1]
+    make_image(tmp_path / f"{changed}.png", 160, 160)
+    flags = {"train_data": data, "output_dir": tmp_path / "out", "batch_size": 4, "num_epochs": 1}
+    flags |= {"on_bad_sample": "skip", "precision": "fp32"}
+    printed = finish(torchrun(2, "finetune_distributed.py", *flags_of(**flags)), 180, code=1)
+    last = printed[printed.index("Root Cause") :]
+    assert f"sample {changed}" in last and "its media have changed" in last
+    (checkpoint,) = list_checkpoints(tmp_path / "out")
+    assert checkpoint.name == "checkpoint-2" and damage(checkpoint) is None
+
+
 def test_a_mistake_is_told_once(tmp_path):
     data = write_data(tmp_path / "data.json", [[user("Hi")]])
     printed = finish(

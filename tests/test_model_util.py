@@ -101,6 +101,10 @@ def test_folders_that_are_not_whole_are_named(tiny_folder, tmp_path, fault):
     else:
         weights.write_bytes(weights.read_bytes()[:-100])
     config = tiny_config()
-    with pytest.raises(UserError, match=f"{folder}: cannot be loaded; are all files there\\?"):
+    if "weights" in fault:
         load_processor(str(folder), config)
-        load_model(str(folder), "packed_sdpa", CPU, config)
+    with pytest.raises(UserError, match=f"{folder}: cannot be loaded; are all files there\\?"):
+        if "weights" in fault:
+            load_model(str(folder), "packed_sdpa", CPU, config)
+        else:
+            load_processor(str(folder), config)
