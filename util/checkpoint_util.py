@@ -66,7 +66,7 @@ MACHINE_SETTINGS = {
 OPTIONS = StateDictOptions(
     flatten_optimizer_state_dict=True, ignore_frozen_params=True, strict=False
 )
-NAME = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 STATE_FILE = Path("resume") / "state.json"
 # Cut back on resume, so that every step is in them once.
 REWOUND_FILES = ("metrics.jsonl", "train.log")
@@ -374,7 +374,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     found = [
         (int(match[1]), path)
         for path in output_dir.glob("checkpoint-*")
-        if (match := NAME.fullmatch(path.name))
+        if (match := CHECKPOINT_NAME.fullmatch(path.name))
     ]
     return [path for _, path in sorted(found, reverse=True)]
 
@@ -387,7 +387,7 @@ def find_checkpoint(config: Config) -> Path:
     """
     if config.resume_from != "latest":
         folder = Path(config.resume_from)
-        if not NAME.fullmatch(folder.resolve().name):
+        if not CHECKPOINT_NAME.fullmatch(folder.resolve().name):
             raise UserError(f"--resume_from {folder}: must be latest or a folder checkpoint-STEP")
         if problem := damage(folder):
             raise UserError(f"--resume_from {folder}: {problem}")

@@ -473,7 +473,7 @@ def first_fatal(problems: list[str], config) -> str | None:
     return next((p for p in problems if is_stop or isinstance(p, StaleIndex)), None)
 
 
-def explain_stop(step: Step, loss=None, grad_norm=None, bad_sample: str | None = None) -> UserError:
+def explain_stop(step: Step, loss: float, grad_norm: float, bad_sample: str | None) -> UserError:
     """Return why a run stops in a step: a sample that cannot be read, or numbers not finite."""
     if bad_sample:
         return explain_bad_sample(bad_sample)
