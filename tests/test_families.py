@@ -24,6 +24,7 @@ from families import build_family
 from qwen_vl_utils import vision_process as qwen
 from test_packing import gradients, stand_in_for_flash
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.utils import _to_kwargs
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -31,10 +32,11 @@ from transformers.video_utils import VideoMetadata
 
 import finetune
 import test_on_trained_model_by_us
+from util import model_util
 from util.config import UserError
 from util.data_util import media_of
 from util.generate_util import generate
-from util.memory_util import part_of
+from util.memory_util import hand_over_whole_rows, part_of
 from util.model_util import InputBuilder, load_processor
 from util.plan_util import pack
 from util.sample_util import IGNORE
@@ -197,14 +199,25 @@ def test_flash_attention_gets_the_ends_of_frames_and_windows(run, monkeypatch):
     assert (num_ends[0] > num_ends[1]) == (run.family == "qwen2_5_vl")
 
 
-def test_inputs_lie_where_a_gpu_needs_them(run):
+def test_inputs_lie_where_a_gpu_needs_them(run, monkeypatch):
     """With tensors that only claim to be on a GPU: PyTorch checks devices all the same."""
+
+    def on_real_tensors(function):
+        def run_without_fakes(tensor):
+            with unset_fake_temporarily():
+                return function(tensor)
+
+        return run_without_fakes
+
+    for name in ("stay_on_cpu", "segment_lengths"):
+        monkeypatch.setattr(model_util, name, on_real_tensors(getattr(model_util, name)))
     micro_batch = pack([run.encoder.encode(run.records[0])], run.encoder)
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
         with torch.device("cuda"):
             model = AutoModelForImageTextToText.from_config(
                 run.model.config, attn_implementation="packed_sdpa"
             )
+        hand_over_whole_rows(model.model.visual)
         build_inputs = InputBuilder(run.processor, "packed_sdpa", torch.device("cuda"))
         logits = model(**build_inputs(micro_batch)).logits
     assert logits.device.type == "cuda" and logits.shape[1] == len(micro_batch.targets)

@@ -200,6 +200,28 @@ def test_flash_attention_gets_the_segment_ends(run, tiny_folder, monkeypatch):
     assert calls == [(False, vision_ends, vision_ends)] * depth + [(True, ends, ends)] * num_layers
 
 
+def test_segments_of_one_length_are_one_call(run, monkeypatch):
+    """Frames of a video side by side: a call a layer, and not a call a frame and layer."""
+    samples = [run.encoder.encode(run.records[i]) for i in (4, 4)]  # of a video each
+    micro_batch, shapes = pack(samples, run.encoder), []
+    num_frames = [t for sample in samples for t, _, _ in sample.grids]
+    assert min(num_frames) > 1
+    attend = F.scaled_dot_product_attention
+
+    def count(query, *args, **kwargs):
+        shapes.append(tuple(query.shape[:2]))
+        return attend(query, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", count)
+    with torch.no_grad():
+        run.model(**run.build_inputs(micro_batch))
+    vision, text = run.model.config.vision_config, run.model.config.text_config
+    # After the samples comes what fills up: a token, and a picture of one frame.
+    of_vision = [(sum(num_frames), vision.num_heads), (1, vision.num_heads)]
+    of_text = [(2, text.num_attention_heads), (1, text.num_attention_heads)]
+    assert shapes == of_vision * vision.depth + of_text * text.num_hidden_layers
+
+
 def test_a_step_needs_logits_only_where_tokens_are_supervised(run):
     samples = [run.encoder.encode(run.records[i]) for i in range(5)]
     micro_batch = pack(samples, run.encoder)

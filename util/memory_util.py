@@ -5,6 +5,7 @@ import math
 import os
 import re
 from contextlib import nullcontext
+from copy import copy
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from util.tiny_model import cached_tiny_model
 
 # Elements of the logits that the loss takes to fp32 at a time: 64 MiB.
 CHUNK_ELEMENTS = 2**24
+# The name of packed_sdpa in the vision tower; "flash" in it matters.
+WHOLE_ROWS = "packed_sdpa_like_flash"
 
 
 def part_of(name: str) -> str:
@@ -44,9 +47,24 @@ def prepare_for_training(model, config: Config, device: torch.device | None = No
     # A convolution whose stride is its kernel is a matrix product; as one, it is seven times faster
     # on a CPU at the real width.
     model.model.visual.patch_embed.proj.__class__ = _PatchProjection
+    if model.config._attn_implementation == "packed_sdpa":
+        hand_over_whole_rows(model.model.visual)
     for part, module in (("llm", model.model.language_model), ("vision", model.model.visual)):
         if config.gradient_checkpointing in (part, "all"):
             checkpoint_layers(module)
+
+
+def hand_over_whole_rows(visual) -> None:
+    """Let the vision tower hand packed_sdpa a whole row with its segment ends, as the LLM does.
+
+    transformers 5.23 does so where it reads "flash" in the name of the attention, and else hands
+    over one segment after the other: thousands of operations for a video.
+    """
+    config = copy(visual.config)  # else models made from this one would look for flash-attn
+    config._attn_implementation = WHOLE_ROWS
+    for module in visual.modules():
+        if hasattr(module, "is_causal"):
+            module.config = config
 
 
 def add_lora(model, config: Config) -> None:

@@ -9,6 +9,7 @@ import urllib.request
 from contextlib import contextmanager
 from copy import deepcopy
 from http.client import HTTPException
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from transformers.utils import is_flash_attn_2_available
 
 from util.config import Config, UserError
-from util.memory_util import init_lora, prepare_for_training
+from util.memory_util import WHOLE_ROWS, init_lora, prepare_for_training
 from util.plan_util import MicroBatch
 from util.sample_util import SampleEncoder
 from util.tiny_model import cached_tiny_model
@@ -89,6 +90,11 @@ def choose_attention(device: torch.device, precision: str) -> str:
     )
 
 
+def segment_lengths(cu_seqlens: torch.Tensor) -> list[int]:
+    """Return the lengths of segments whose ends `cu_seqlens` holds, on the CPU, with a 0 before."""
+    return [end - begin for begin, end in pairwise(cu_seqlens.tolist())]
+
+
 def packed_sdpa(
     module,
     query,
@@ -100,16 +106,19 @@ def packed_sdpa(
     cu_seq_lens_q=None,
     **kwargs,
 ):
-    """Attend within each segment of a packed row, by one SDPA call per segment.
+    """Attend within each segment of a packed row, by one SDPA call for neighbours of one length.
 
     query (1, heads, T, head_dim), key and value (1, kv_heads, T, head_dim); `cu_seq_lens_q` on
     the CPU says where segments begin and end. Returns (1, T, heads, head_dim). Stock sdpa would
     build a T x T mask for the same result.
     """
-    if cu_seq_lens_q is None:  # the vision tower has split its segments already
+    if cu_seq_lens_q is None:  # in a model that is not prepared for training
         lengths = [query.shape[2]]
     else:
-        lengths = cu_seq_lens_q.diff().tolist()
+        lengths = segment_lengths(cu_seq_lens_q)
+    # Such as the frames of a video, all of one length.
+    runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+    num_rows = [length * count for length, count in runs]
     is_causal = module.is_causal if is_causal is None else is_causal
     # Under autocast the rotary embedding leaves queries and keys in fp32, values in bf16.
     query, key = query.to(value.dtype), key.to(value.dtype)
@@ -119,14 +128,16 @@ def packed_sdpa(
         repeats = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
         is_grouped = False
-    outputs = [
-        F.scaled_dot_product_attention(
+    outputs = []
+    for segments, *rows in zip(runs, *(x[0].split(num_rows, dim=1) for x in (query, key, value))):
+        length, count = segments
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in rows)
+        output = F.scaled_dot_product_attention(
             q, k, v, is_causal=is_causal, scale=scaling, enable_gqa=is_grouped
         )
-        for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)))
-    ]
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-    return output.transpose(1, 2), None
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return output[None], None
 
 
 def is_model_folder(folder: str | Path) -> bool:
@@ -314,7 +325,8 @@ def _from_pretrained(folder: str, attention: str, dtype, **options):
 def register_attention(attention: str) -> None:
     """Make packed_sdpa known to transformers, where it is `attention`."""
     if attention == "packed_sdpa":
-        transformers.AttentionInterface.register("packed_sdpa", packed_sdpa)
+        for name in ("packed_sdpa", WHOLE_ROWS):
+            transformers.AttentionInterface.register(name, packed_sdpa)
 
 
 def stay_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
@@ -365,11 +377,10 @@ class InputBuilder:
                 ends[f"image_{name}"] = tensor
             else:
                 inputs[f"image_{name}"] = self._to_device(tensor)
-        # packed_sdpa and transformers' own split of the vision tower read them on the CPU.
+        inputs |= {LONGEST[name]: max(segment_lengths(tensor)) for name, tensor in ends.items()}
         if self.is_flash:
-            inputs |= {LONGEST[name]: int(tensor.diff().max()) for name, tensor in ends.items()}
             ends = {name: self._to_device(tensor) for name, tensor in ends.items()}
-        else:
+        else:  # packed_sdpa reads them on the CPU
             ends = {name: stay_on_cpu(tensor) for name, tensor in ends.items()}
         return inputs | ends
 
