@@ -2,21 +2,25 @@
 
     python -m benchmarks.bench_peers
 
-The model is the embedded tiny one, in fp32 on the CPU; the data are text, pictures and clips, their
-lengths spread 20-fold. Each peer runs in a process of its own, one after the other:
+The model is the embedded tiny one, on the CPU; the data are text, pictures and clips, their lengths
+spread 20-fold. Each peer runs in a process of its own, one after the other:
 
 original: the loop of zhangfaen/finetune-Qwen2-VL, written anew as it is described: one sample at a
   time, every frame of a clip decoded to RGB before some are picked, stock sdpa, logits at all
-  positions, a mean of means, a constant learning rate, no clipping. Its bf16 autocast is left out.
+  positions, a mean of means, a constant learning rate, no clipping.
 trl: SFTTrainer; pip install trl==1.16.0. It takes no video, so it is given less: every second
   frame, which makes as many tokens, as a picture that was decoded and resized before its run.
 llamafactory: 0.9.5. Its pins (transformers<=5.6.0, accelerate<=1.11.0, peft<=0.18.1, av<=16.0.0,
   trl<=0.24.0) contradict those of requirements.txt: install it into an environment of its own,
   and name its interpreter: --llamafactory_python DIR/bin/python.
 
+ours: finetune.py, with --max_tokens as low as the longest sample allows.
+
 trl and llamafactory get the schedule, decay, clipping and workers of finetune.py in place of their
-defaults, no checkpointing, and one sample in a forward pass, where nothing is padded: on a CPU that
-is their fastest. --micro_batch_size gives them more, as one would on a GPU.
+defaults, and no checkpointing. As they come, they put 8 samples into a forward pass and pad them:
+trl packs no samples with pictures, llamafactory only if told to. --micro_batch_size 1 gives them
+one, where nothing is padded: on a CPU that is their fastest. All compute in fp32; --precision bf16
+takes bf16 autocast, for which a CPU should have units.
 
 Wall clock, CPU seconds and memory are of the whole process with its children, from its start to
 the exported model; memory is the peak of PSS (a page that processes share counts once) and of RSS
@@ -29,6 +33,7 @@ import importlib.util
 import json
 import os
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -130,7 +135,9 @@ def train_original(run: dict) -> float:
     started, num_backward = time.perf_counter(), 0
     for _ in range(run["num_epochs"]):
         for inputs in DataLoader(records, batch_size=1, collate_fn=collate):
-            (model(**inputs).loss / run["batch_size"]).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=run["precision"] == "bf16"):
+                loss = model(**inputs).loss
+            (loss / run["batch_size"]).backward()
             num_backward += 1
             if num_backward % run["batch_size"] == 0:
                 optimizer.step()
@@ -176,10 +183,11 @@ def trainer_flags(run: dict) -> dict:
     """Return what transformers' Trainer needs to train as finetune.py does."""
     return {
         **{"output_dir": run["output_dir"], "num_train_epochs": run["num_epochs"]},
-        **{"per_device_train_batch_size": run["micro_batch_size"], "bf16": False, "use_cpu": True},
+        **{"per_device_train_batch_size": run["micro_batch_size"], "use_cpu": True},
         **{"gradient_accumulation_steps": run["batch_size"] // run["micro_batch_size"]},
         **{"learning_rate": run["learning_rate"], "lr_scheduler_type": "cosine"},
         **{"warmup_steps": 0.03, "weight_decay": 0.01, "max_grad_norm": 1.0},  # 3 % of the steps
+        **{"bf16": run["precision"] == "bf16"},
         **{"gradient_checkpointing": False, "dataloader_num_workers": run["num_workers"]},
         **{"save_strategy": "no", "report_to": "none", "logging_steps": 10},
     }
@@ -210,10 +218,9 @@ def command_llamafactory(run: dict) -> list[str]:
 def command_ours(run: dict) -> list[str]:
     """Return the command of finetune.py; its other flags are its defaults."""
     names = ("train_data", "output_dir", "num_epochs", "batch_size", "learning_rate", "max_pixels")
-    names += ("video_max_pixels", "video_fps", "num_workers")
+    names += ("video_max_pixels", "video_fps", "num_workers", "precision", "max_tokens")
     flags = [text for name in names for text in (f"--{name}", str(run[name]))]
-    flags += ["--model_name_or_path", run["base"], "--precision", "fp32"]
-    return [sys.executable, "finetune.py", *flags]
+    return [sys.executable, "finetune.py", "--model_name_or_path", run["base"], *flags]
 
 
 def why_not(name: str, run: dict) -> str | None:
@@ -300,10 +307,16 @@ def compare(folder: Path, arguments) -> None:
     names = ("min_pixels", "max_pixels", "video_max_pixels", "video_fps", "learning_rate")
     run = vars(arguments) | {name: getattr(config, name) for name in names}
     run |= {"folder": str(folder), "train_data": train_data, "base": base, "frames": frames}
-    index = prepare_data([train_data], encoder, config, world_size=1).index
+    # Of a copy: the index of a file is kept, and ours is to measure the data itself.
+    copied = shutil.copy(train_data, folder / "copy.json")
+    index = prepare_data([copied], encoder, config, world_size=1).index
+    run["max_tokens"] = int(index.num_tokens.max()) + encoder.num_dummy_tokens
     held_out = prepare_data([str(folder / "held_out.json")], encoder, config, world_size=1)
     before = held_out_loss(base, config, held_out)
-    print(f"{index.summary()}\n{vars(arguments)}\nheld-out loss before training {before[0]:.4f}\n")
+    print(
+        f"{index.summary()}\n{vars(arguments)}, --max_tokens {run['max_tokens']} of ours\n"
+        f"held-out loss before training {before[0]:.4f}\n"
+    )
     print("| | wall s | CPU s | samples/s | tokens/s | PSS GiB | RSS GiB | loss | without clips |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for i, name in enumerate(arguments.peers):
@@ -331,11 +344,11 @@ def main() -> None:
     peers = ["original", "trl", "llamafactory", "ours"]
     parser.add_argument("--peers", nargs="+", choices=peers, default=peers, help="in this order")
     parser.add_argument("--num_samples", type=int, default=320)
-    parser.add_argument("--num_epochs", type=int, default=1)
-    # As in the original, which steps after two samples.
-    parser.add_argument("--batch_size", type=int, default=2, help="samples in one step")
-    parser.add_argument("--micro_batch_size", type=int, default=1, help="of trl, llamafactory")
-    parser.add_argument("--num_workers", type=int, default=2, help="the original has none")
+    parser.add_argument("--num_epochs", type=int, default=2)
+    parser.add_argument("--batch_size", type=int, default=8, help="samples in one step")
+    parser.add_argument("--micro_batch_size", type=int, default=8, help="of trl, llamafactory")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--num_workers", type=int, default=1, help="the original has none")
     parser.add_argument("--num_threads", type=int, default=1, help="of torch in a process")
     parser.add_argument("--llamafactory_python", help="the interpreter of its environment")
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
