@@ -308,7 +308,7 @@ def compare(folder: Path, arguments) -> None:
     run = vars(arguments) | {name: getattr(config, name) for name in names}
     run |= {"folder": str(folder), "train_data": train_data, "base": base, "frames": frames}
     # Of a copy: the index of a file is kept, and ours is to measure the data itself.
-    copied = shutil.copy(train_data, folder / "copy.json")
+    copied = shutil.copy(train_data, str(folder / "copy.json"))
     index = prepare_data([copied], encoder, config, world_size=1).index
     run["max_tokens"] = int(index.num_tokens.max()) + encoder.num_dummy_tokens
     held_out = prepare_data([str(folder / "held_out.json")], encoder, config, world_size=1)
