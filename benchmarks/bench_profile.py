@@ -5,7 +5,7 @@
 First, 30 steps of tiny on a CPU, on the mixed data of bench_peers, by torch.profiler. Then, of how
 many operations (no views) one micro-batch of the real Qwen2-VL-2B is made, forward and backward,
 on tensors without memory: a GPU is fast enough to wait for the CPU that starts them. Attention
-without flash-attn is one operation for each segment and layer, in the vision tower for each frame.
+without flash-attn is one operation for each layer and run of segments of one length.
 """
 
 import collections
