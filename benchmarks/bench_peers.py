@@ -13,11 +13,10 @@ trl: SFTTrainer; pip install trl==1.16.0. It takes no video, so it is given less
 llamafactory: 0.9.5. Its pins (transformers<=5.6.0, accelerate<=1.11.0, peft<=0.18.1, av<=16.0.0,
   trl<=0.24.0) contradict those of requirements.txt: install it into an environment of its own,
   and name its interpreter: --llamafactory_python DIR/bin/python.
-
 ours: finetune.py, with --max_tokens as low as the longest sample allows.
 
 trl and llamafactory get the schedule, decay, clipping and workers of finetune.py in place of their
-defaults, and no checkpointing. As they come, they put 8 samples into a forward pass and pad them:
+defaults, and no checkpointing. By default they put 8 samples into a forward pass and pad them:
 trl packs no samples with pictures, llamafactory only if told to. --micro_batch_size 1 gives them
 one, where nothing is padded: on a CPU that is their fastest. All compute in fp32; --precision bf16
 takes bf16 autocast, for which a CPU should have units.
@@ -353,6 +352,8 @@ def main() -> None:
     parser.add_argument("--llamafactory_python", help="the interpreter of its environment")
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.batch_size % arguments.micro_batch_size:
+        parser.error("--batch_size must be a multiple of --micro_batch_size")
     if arguments.run:
         run = json.loads(Path(arguments.run[1], "run.json").read_text())
         train = {"original": train_original, "trl": train_trl}[arguments.run[0]]

@@ -23,7 +23,14 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from util.config import Config, fill_defaults
-from util.model_util import InputBuilder, build_encoder, find_model, load_processor, packed_sdpa
+from util.memory_util import hand_over_whole_rows
+from util.model_util import (
+    InputBuilder,
+    build_encoder,
+    find_model,
+    load_processor,
+    register_attention,
+)
 from util.plan_util import pack
 from util.sample_util import IGNORE
 from util.tiny_model import build_config
@@ -58,7 +65,7 @@ def make_model(encoder, attention: str):
     """Return a Qwen2-VL of 25 M parameters with random weights."""
     import transformers
 
-    transformers.AttentionInterface.register("packed_sdpa", packed_sdpa)
+    register_attention(attention)
     config = build_config(encoder.tokenizer)
     config.text_config.hidden_size = config.vision_config.hidden_size = 512
     config.text_config.num_attention_heads = 8
@@ -68,7 +75,10 @@ def make_model(encoder, attention: str):
     config.text_config.layer_types = ["full_attention"] * 6
     config._attn_implementation = attention
     torch.manual_seed(0)
-    return transformers.Qwen2VLForConditionalGeneration(config).train()
+    model = transformers.Qwen2VLForConditionalGeneration(config).train()
+    if attention == "packed_sdpa":
+        hand_over_whole_rows(model.model.visual)
+    return model
 
 
 def packed_step(model, samples, encoder, build_inputs, max_tokens=2048):

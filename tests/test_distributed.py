@@ -41,7 +41,7 @@ from finetune import train
 from util.checkpoint_util import EXIT_STOPPED, damage, list_checkpoints
 from util.config import UserError
 from util.distributed_util import build_mesh, rank_metrics, start_processes
-from util.model_util import export_model, load_model_to_answer, load_processor
+from util.model_util import export_model, load_model, load_processor
 from util.plan_util import Index, Plan
 
 DRIVER = REPO / "tests" / "distributed_driver.py"
@@ -308,7 +308,7 @@ def check_export(output_dir, single_output_dir, final):
 def held_out_loss(model_dir, data, tiny_folder):
     """Return the loss per supervised token of a model folder on the samples of `data`."""
     run = set_up(tiny_config(train_data=[data], batch_size=100, max_tokens=2000), tiny_folder)
-    model = load_model_to_answer(str(model_dir), "packed_sdpa", CPU, torch.float32)
+    model = load_model(str(model_dir), "packed_sdpa", CPU, run.config)
     total, step = 0.0, run.plan.step(0)
     for samples in step.micro_batches[0]:
         micro_batch = run.data.samples.collate([run.data.samples[i] for i in samples])

@@ -202,6 +202,7 @@ def test_flash_attention_gets_the_ends_of_frames_and_windows(run, monkeypatch):
 def test_inputs_lie_where_a_gpu_needs_them(run, monkeypatch):
     """With tensors that only claim to be on a GPU: PyTorch checks devices all the same."""
 
+    # Ends of segments stay real: fake ones would have no lengths to read.
     def on_real_tensors(function):
         def run_without_fakes(tensor):
             with unset_fake_temporarily():

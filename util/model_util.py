@@ -101,9 +101,10 @@ def packed_sdpa(
     key,
     value,
     attention_mask,
+    *,
+    cu_seq_lens_q,
     scaling=None,
     is_causal=None,
-    cu_seq_lens_q=None,
     **kwargs,
 ):
     """Attend within each segment of a packed row, by one SDPA call for neighbours of one length.
@@ -112,12 +113,8 @@ def packed_sdpa(
     the CPU says where segments begin and end. Returns (1, T, heads, head_dim). Stock sdpa would
     build a T x T mask for the same result.
     """
-    if cu_seq_lens_q is None:  # in a model that is not prepared for training
-        lengths = [query.shape[2]]
-    else:
-        lengths = segment_lengths(cu_seq_lens_q)
     # Such as the frames of a video, all of one length.
-    runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+    runs = [(length, len(list(run))) for length, run in groupby(segment_lengths(cu_seq_lens_q))]
     num_rows = [length * count for length, count in runs]
     is_causal = module.is_causal if is_causal is None else is_causal
     # Under autocast the rotary embedding leaves queries and keys in fp32, values in bf16.
@@ -129,9 +126,9 @@ def packed_sdpa(
         key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
         is_grouped = False
     outputs = []
-    for segments, *rows in zip(runs, *(x[0].split(num_rows, dim=1) for x in (query, key, value))):
-        length, count = segments
-        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in rows)
+    rows = zip(*(x[0].split(num_rows, dim=1) for x in (query, key, value)))
+    for (length, count), qkv in zip(runs, rows):
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)
         output = F.scaled_dot_product_attention(
             q, k, v, is_causal=is_causal, scale=scaling, enable_gqa=is_grouped
         )
