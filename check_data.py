@@ -15,26 +15,16 @@ import numpy as np
 import torch
 import transformers
 
-from util.config import TINY_NOTICE, Config, UserError, fill_defaults, parse_config, run_main
-from util.data_util import Records, parse_conversation, text_of
-from util.flops_util import PEAK_FLOPS, PUBLISHED_SHAPES, FlopCounter, published_config
-from util.model_util import (
-    build_encoder,
-    choose_device,
-    find_model,
-    find_model_to_train,
-    load_processor,
-)
-from util.plan_util import (
-    Index,
-    PlannedData,
-    build_index,
-    check_lengths,
-    decode_all,
-    prepare_data,
-)
-from util.planner import fitting_flags, plan_memory
-from util.sample_util import IGNORE, Sample, SampleEncoder
+from util.config import TINY_NOTICE, Config, UserError, fill_defaults, parse_config
+from util.data.batch import PlannedData, prepare_data
+from util.data.conversation import parse_conversation, text_of
+from util.data.files import Records
+from util.data.index import Index, build_index, check_lengths, decode_all
+from util.data.sample import IGNORE, Sample, SampleEncoder
+from util.model.load import build_encoder, find_model, find_model_to_train, load_processor
+from util.run import choose_device, run_main
+from util.tools.flops import PEAK_FLOPS, PUBLISHED_SHAPES, FlopCounter, published_config
+from util.tools.planner import fitting_flags, plan_memory
 
 # Of the peak operations of a GPU, what a run is assumed to reach when its hours are told.
 ASSUMED_MFU = 0.4

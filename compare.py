@@ -19,12 +19,13 @@ from pathlib import Path
 
 import jinja2
 
-from util.config import UserError, run_main
-from util.data_util import media_of, parse_conversation, text_of
-from util.page_util import draw_curves, embed, make_visible, mark_differences
-from util.score_util import Metric, character_error_rate, exact_match, load_metric, score_all
+from util.config import UserError
+from util.data.conversation import media_of, parse_conversation, text_of
+from util.run import run_main
+from util.tools.page import draw_curves, embed, make_visible, mark_differences
+from util.tools.scores import Metric, character_error_rate, exact_match, load_metric, score_all
 
-TEMPLATE = Path(__file__).parent / "util" / "compare_template.html"
+TEMPLATE = Path(__file__).parent / "util" / "tools" / "compare_template.html"
 
 
 def load_answers(path: str) -> dict:

@@ -2,8 +2,8 @@
 
     python finetune.py --train_data train_data/data.json --batch_size 4
 
-The whole training loop is in train(). What it stands on: util/plan_util.py lays out the run as
-packed micro-batches, util/model_util.py loads the model. docs/loop.md explains it line by line.
+The whole training loop is in train(). What it stands on: util/data/plan.py lays out the run as
+packed micro-batches, util/model/load.py loads the model. docs/loop.md explains it line by line.
 """
 
 import logging
@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from util.checkpoint_util import (
-    StopSignal,
+from util.checkpoint import (
     check_same_run,
     export_at_last,
     find_checkpoint,
@@ -33,10 +32,16 @@ from util.config import (
     UserError,
     fill_defaults,
     parse_config,
-    run_main,  # single
 )
-from util.flops_util import Throughput
-from util.generate_util import score_answers
+from util.data.batch import (
+    PlannedData,
+    Stopwatch,
+    explain_bad_sample,
+    explain_stop,
+    first_fatal,
+    load_micro_batches,
+    prepare_data,
+)
 from util.logutil import (
     MetricsFile,  # single
     check_report_to,
@@ -48,29 +53,47 @@ from util.logutil import (
     plot_loss,
     setup_logging,
 )
-from util.memory_util import choose_autocast, cross_entropy_sum
-from util.model_util import (
-    InputBuilder,
-    build_encoder,
+from util.model.attention import (
     choose_attention,
-    choose_device,
+)
+from util.model.inputs import (
+    InputBuilder,
+)
+from util.model.load import (
+    build_encoder,
     export_model,  # single
     find_model_to_train,
     load_model,  # single
     load_processor,
 )
-from util.optim_util import build_optimizer, learning_rate_at, set_learning_rate
-from util.plan_util import (
-    PlannedData,
-    Stopwatch,
-    explain_bad_sample,
-    explain_stop,
-    first_fatal,
-    load_micro_batches,
-    prepare_data,
+from util.model.loss import (
+    cross_entropy_sum,
 )
-from util.planner import check_fits
-from util.score_util import load_metric
+from util.model.parts import (
+    choose_autocast,
+)
+from util.optim import (
+    build_optimizer,
+    learning_rate_at,
+    set_learning_rate,
+)
+from util.run import (
+    StopSignal,
+    choose_device,
+    run_main,  # single
+)
+from util.tools.flops import (
+    Throughput,
+)
+from util.tools.generate import (
+    score_answers,
+)
+from util.tools.planner import (
+    check_fits,
+)
+from util.tools.scores import (
+    load_metric,
+)
 
 logger = logging.getLogger("finetune")
 

@@ -3,7 +3,7 @@
     ./finetune_distributed.sh --train_data train_data/data.json --batch_size 4
 
 Lines that are extra or different here end in "dist" behind a hash, those that they replace in
-finetune.py in "single"; a test compares the rest. util/distributed_util.py shards and starts.
+finetune.py in "single"; a test compares the rest. util/distributed.py shards and starts.
 """
 
 import logging
@@ -18,8 +18,7 @@ from accelerate import PartialState  # dist
 from accelerate.utils import broadcast_object_list, reduce  # dist
 from tqdm import tqdm
 
-from util.checkpoint_util import (
-    StopSignal,
+from util.checkpoint import (
     check_same_run,
     export_at_last,
     find_checkpoint,
@@ -34,10 +33,18 @@ from util.config import (
     Config,
     UserError,
     fill_defaults,
-    on_main_process,  # dist
     parse_config,
 )
-from util.distributed_util import (  # dist
+from util.data.batch import (
+    PlannedData,
+    Stopwatch,
+    explain_bad_sample,
+    explain_stop,
+    first_fatal,
+    load_micro_batches,
+    prepare_data,
+)
+from util.distributed import (  # dist
     agree_on_signal,  # dist
     build_mesh,  # dist
     check_shared,  # dist
@@ -46,11 +53,8 @@ from util.distributed_util import (  # dist
     load_sharded_model,  # dist
     main_process_metrics,  # dist
     rank_metrics,  # dist
-    run_rank,  # dist
     start_processes,  # dist
 )  # dist
-from util.flops_util import Throughput
-from util.generate_util import score_answers
 from util.logutil import (
     check_report_to,
     describe_evaluation,
@@ -60,27 +64,46 @@ from util.logutil import (
     plot_loss,
     setup_logging,
 )
-from util.memory_util import choose_autocast, cross_entropy_sum
-from util.model_util import (
-    InputBuilder,
-    build_encoder,
+from util.model.attention import (
     choose_attention,
-    choose_device,
+)
+from util.model.inputs import (
+    InputBuilder,
+)
+from util.model.load import (
+    build_encoder,
     find_model_to_train,
     load_processor,
 )
-from util.optim_util import build_optimizer, learning_rate_at, set_learning_rate
-from util.plan_util import (
-    PlannedData,
-    Stopwatch,
-    explain_bad_sample,
-    explain_stop,
-    first_fatal,
-    load_micro_batches,
-    prepare_data,
+from util.model.loss import (
+    cross_entropy_sum,
 )
-from util.planner import check_fits
-from util.score_util import load_metric
+from util.model.parts import (
+    choose_autocast,
+)
+from util.optim import (
+    build_optimizer,
+    learning_rate_at,
+    set_learning_rate,
+)
+from util.run import (
+    StopSignal,
+    choose_device,
+    on_main_process,  # dist
+    run_rank,  # dist
+)
+from util.tools.flops import (
+    Throughput,
+)
+from util.tools.generate import (
+    score_answers,
+)
+from util.tools.planner import (
+    check_fits,
+)
+from util.tools.scores import (
+    load_metric,
+)
 
 logger = logging.getLogger("finetune")
 

@@ -6,9 +6,9 @@ The base model and the pixel limits are those of the newest run under train_outp
 --model_dir), so that nothing but the weights differs.
 """
 
-from util.config import fill_defaults, run_main
-from util.generate_util import answer_prompts, newest_run, parse_arguments, run_config
-from util.model_util import choose_device
+from util.config import fill_defaults
+from util.run import choose_device, run_main
+from util.tools.generate import answer_prompts, newest_run, parse_arguments, run_config
 
 
 def main() -> None:

@@ -7,9 +7,9 @@ Without a model, the newest run under train_output is taken.
 
 from pathlib import Path
 
-from util.config import UserError, fill_defaults, run_main
-from util.generate_util import answer_prompts, newest_run, parse_arguments, run_config
-from util.model_util import choose_device
+from util.config import UserError, fill_defaults
+from util.run import choose_device, run_main
+from util.tools.generate import answer_prompts, newest_run, parse_arguments, run_config
 
 
 def main() -> None:

@@ -21,20 +21,18 @@ import transformers
 from torch.profiler import ProfilerActivity, profile
 
 from util.config import Config, fill_defaults
-from util.flops_util import FlopCounter, peak_flops, published_config
-from util.memory_util import choose_autocast, cross_entropy_sum, init_lora, prepare_for_training
-from util.model_util import (
-    InputBuilder,
-    build_encoder,
-    choose_attention,
-    find_model,
-    load_processor,
-    register_attention,
-)
-from util.optim_util import build_optimizer, set_learning_rate
-from util.plan_util import Index, MicroBatch, Plan, PlannedData, pack
-from util.planner import plan_memory
-from util.sample_util import IGNORE, Sample
+from util.data.batch import MicroBatch, PlannedData, pack
+from util.data.index import Index
+from util.data.plan import Plan
+from util.data.sample import IGNORE, Sample
+from util.model.attention import choose_attention, register_attention
+from util.model.inputs import InputBuilder
+from util.model.load import build_encoder, find_model, load_processor
+from util.model.loss import cross_entropy_sum
+from util.model.parts import choose_autocast, init_lora, prepare_for_training
+from util.optim import build_optimizer, set_learning_rate
+from util.tools.flops import FlopCounter, peak_flops, published_config
+from util.tools.planner import plan_memory
 
 NUM_TOKENS, SIDE, NUM_SUPERVISED = 1024, 672, 99  # 672 x 672 pixels are 24 x 24 tokens
 GIB = 2**30

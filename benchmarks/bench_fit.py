@@ -16,8 +16,8 @@ from PIL import Image
 
 from check_data import load_for_plan
 from util.config import Config, fill_defaults
-from util.plan_util import prepare_data
-from util.planner import SAVERS, flags_text, plan_memory
+from util.data.batch import prepare_data
+from util.tools.planner import SAVERS, flags_text, plan_memory
 
 MODELS = ("Qwen/Qwen2-VL-2B-Instruct", "Qwen/Qwen2-VL-7B-Instruct")
 MAX_TOKENS = 4096

@@ -22,11 +22,12 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 from benchmarks.clips import PHOTO, make_clip  # noqa: E402
-from util import plan_util  # noqa: E402
 from util.config import DEFAULTS, Config, fill_defaults  # noqa: E402
-from util.data_util import Records  # noqa: E402
-from util.model_util import InputBuilder, build_encoder, load_processor  # noqa: E402
-from util.tiny_model import cached_tiny_model  # noqa: E402
+from util.data import index as index_module  # noqa: E402
+from util.data.files import Records  # noqa: E402
+from util.model.inputs import InputBuilder  # noqa: E402
+from util.model.load import build_encoder, load_processor  # noqa: E402
+from util.model.tiny import cached_tiny_model  # noqa: E402
 
 PHOTO_SIZE = (1600, 1200)  # width, height
 
@@ -113,9 +114,9 @@ def measure_index(kind: str, messages: list[dict], folder: Path, num_samples: in
         for i in range(num_samples):
             answer = {"role": "assistant", "content": f"A cup of coffee on table {i}. " * (i % 9)}
             print(json.dumps({"messages": [messages[0], answer]}), file=file)
-    plan_util.CACHE_DIR = folder
+    index_module.CACHE_DIR = folder
     start = time.perf_counter()
-    index, problems = plan_util.build_index(Records([str(folder / f"{kind}.jsonl")]), encoder)
+    index, problems = index_module.build_index(Records([str(folder / f"{kind}.jsonl")]), encoder)
     seconds = time.perf_counter() - start
     assert not problems and len(index) == num_samples
     print(f"first pass, {kind:36} {num_samples / seconds:7,.0f} samples/s", flush=True)

@@ -49,8 +49,9 @@ from torch.utils.data import DataLoader
 
 from benchmarks.clips import REPO, make_clip
 from util.config import Config, fill_defaults
-from util.model_util import InputBuilder, build_encoder, find_model, load_model, load_processor
-from util.plan_util import prepare_data
+from util.data.batch import prepare_data
+from util.model.inputs import InputBuilder
+from util.model.load import build_encoder, find_model, load_model, load_processor
 from util.vision_util import load_frames
 
 CPU = torch.device("cpu")

@@ -22,19 +22,15 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.bench_peers import make_data
 from util.config import Config, fill_defaults
-from util.flops_util import published_config
-from util.memory_util import choose_autocast, cross_entropy_sum, prepare_for_training
-from util.model_util import (
-    InputBuilder,
-    build_encoder,
-    find_model,
-    load_model,
-    load_processor,
-    register_attention,
-)
-from util.optim_util import build_optimizer, set_learning_rate
-from util.plan_util import load_micro_batches, pack, prepare_data
-from util.planner import _RealWithoutFake
+from util.data.batch import load_micro_batches, pack, prepare_data
+from util.model.attention import register_attention
+from util.model.inputs import InputBuilder
+from util.model.load import build_encoder, find_model, load_model, load_processor
+from util.model.loss import cross_entropy_sum
+from util.model.parts import choose_autocast, prepare_for_training
+from util.optim import build_optimizer, set_learning_rate
+from util.tools.flops import published_config
+from util.tools.planner import _RealWithoutFake
 
 CPU = torch.device("cpu")
 FREE = ("prim::", "empty", "detach", "_unsafe_view")  # operations that compute nothing

@@ -25,7 +25,7 @@ import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from util.flops_util import count_flops, published_config, shape_of  # noqa: E402
+from util.tools.flops import count_flops, published_config, shape_of  # noqa: E402
 
 NUM_STEPS = 12
 # Dense bf16 peak, NVLink and InfiniBand (400 Gb/s) of one H100 SXM, one direction, and the share of
@@ -41,7 +41,7 @@ SEGMENT = 1024  # tokens of one sample: attention does not look beyond
 def run_rank(argv: list[str]) -> None:
     """Be one rank: train, and on the main rank write down what collectives were given."""
     import finetune_distributed
-    from util import distributed_util
+    from util import run
 
     counts = {}
 
@@ -73,7 +73,7 @@ def run_rank(argv: list[str]) -> None:
 
     finetune_distributed.train = counted_train
     sys.argv = ["finetune_distributed.py", *argv]
-    distributed_util.run_rank(finetune_distributed.main)
+    run.run_rank(finetune_distributed.main)
 
 
 def measure(num_ranks: int, shard_size: int) -> str:
@@ -108,7 +108,7 @@ def measure(num_ranks: int, shard_size: int) -> str:
 
 def check_formula() -> None:
     """Compare count_flops with PyTorch's count on tiny: one sample, one image."""
-    from util.tiny_model import cached_tiny_model
+    from util.model.tiny import cached_tiny_model
 
     model = transformers.AutoModelForImageTextToText.from_pretrained(
         cached_tiny_model(), dtype=torch.float32, attn_implementation="eager"

@@ -23,17 +23,12 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from util.config import Config, fill_defaults
-from util.memory_util import hand_over_whole_rows
-from util.model_util import (
-    InputBuilder,
-    build_encoder,
-    find_model,
-    load_processor,
-    register_attention,
-)
-from util.plan_util import pack
-from util.sample_util import IGNORE
-from util.tiny_model import build_config
+from util.data.batch import pack
+from util.data.sample import IGNORE
+from util.model.attention import hand_over_whole_rows, register_attention
+from util.model.inputs import InputBuilder
+from util.model.load import build_encoder, find_model, load_processor
+from util.model.tiny import build_config
 
 STEPS = 3
 VOCAB_SIZE = 151_936

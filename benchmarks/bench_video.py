@@ -25,7 +25,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 from benchmarks.clips import make_clip  # noqa: E402
-from util.video_reader import VideoReader  # noqa: E402
+from util.media.video_reader import VideoReader  # noqa: E402
 
 NUM_FRAMES = 32
 # name: (what it is, arguments of make_clip, height and width of the frames that are kept)

@@ -21,13 +21,16 @@ import torch
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from util import data_util, media_source, plan_util  # noqa: E402
 from util.config import Config, UserError, fill_defaults  # noqa: E402
-from util.data_util import Records  # noqa: E402
-from util.model_util import build_encoder, load_processor  # noqa: E402
-from util.plan_util import Index, Plan, pack  # noqa: E402
-from util.sample_util import IGNORE, Sample, SampleEncoder  # noqa: E402
-from util.tiny_model import cached_tiny_model  # noqa: E402
+from util.data import batch, conversation, files, plan  # noqa: E402
+from util.data.batch import pack  # noqa: E402
+from util.data.files import Records  # noqa: E402
+from util.data.index import Index  # noqa: E402
+from util.data.plan import Plan  # noqa: E402
+from util.data.sample import IGNORE, Sample, SampleEncoder  # noqa: E402
+from util.media import source  # noqa: E402
+from util.model.load import build_encoder, load_processor  # noqa: E402
+from util.model.tiny import cached_tiny_model  # noqa: E402
 
 # What a message about a record begins with: the message in it, or what is wrong with all of it.
 PLACES = re.compile(
@@ -193,7 +196,7 @@ def main() -> None:
         if min(lengths) <= settings[1]:
             check_packing(encoder, lengths, *settings)
 
-    for owner in (data_util, media_source, plan_util, Plan, Records):
+    for owner in (conversation, files, source, batch, plan, Plan, Records):
         for function in list(vars(owner).values()):
             if inspect.isfunction(function) and function.__module__.startswith("util."):
                 atheris.instrument_func(function)

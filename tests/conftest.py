@@ -15,14 +15,10 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from util.config import Config, fill_defaults
-from util.model_util import (
-    InputBuilder,
-    build_encoder,
-    load_model,
-    load_processor,
-)
-from util.plan_util import prepare_data
-from util.tiny_model import CHAT_TEMPLATE, cached_tiny_model
+from util.data.batch import prepare_data
+from util.model.inputs import InputBuilder
+from util.model.load import build_encoder, load_model, load_processor
+from util.model.tiny import CHAT_TEMPLATE, cached_tiny_model
 
 REPO = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -58,7 +54,7 @@ def real_tokenizer():
     from transformers import Qwen2Tokenizer
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    from util.tiny_model import SPECIAL_TOKENS
+    from util.model.tiny import SPECIAL_TOKENS
 
     spec = importlib.util.find_spec("qwen_agent")
     ranks = Path(spec.submodule_search_locations[0]) / "utils" / "qwen.tiktoken"

@@ -22,9 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import finetune_distributed
-from util import distributed_util, plan_util
-from util.checkpoint_util import EXIT_STOPPED
-from util.distributed_util import export_sharded_model
+from util import distributed, run
+from util.data import index as index_module
+from util.data import plan as plan_module
+from util.distributed import export_sharded_model
+from util.run import EXIT_STOPPED
 
 RANK = int(os.environ["RANK"])
 
@@ -51,7 +53,7 @@ def adversarial():
         most = max(map(len, bins))
         return [hand + [[]] * (most - len(hand)) for hand in bins]
 
-    plan_util.Plan._deal = deal
+    plan_module.Plan._deal = deal
 
 
 def on_step(step, do):
@@ -97,19 +99,19 @@ def stop_late(num_steps):
 
 def fail_to_export():
     """On the main process, have the disk fill up at the first export."""
-    write = distributed_util.write_model
+    write = distributed.write_model
 
     def full(*args):
-        distributed_util.write_model = write
+        distributed.write_model = write
         raise OSError("No space left on device")
 
-    distributed_util.write_model = full
+    distributed.write_model = full
 
 
 def measure_badly():
     """On rank 1, find every sample bad: what the main process finds must count."""
     if RANK == 1:
-        plan_util._measure = lambda *_: "bad on this rank alone"
+        index_module._measure = lambda *_: "bad on this rank alone"
 
 
 def fail():
@@ -208,4 +210,4 @@ def main():
 
 
 if __name__ == "__main__":
-    distributed_util.run_rank(main)
+    run.run_rank(main)

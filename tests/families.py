@@ -6,7 +6,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from util.tiny_model import CHAT_TEMPLATE
+from util.model.tiny import CHAT_TEMPLATE
 
 DEFAULT_SYSTEM = """\
 {%- if loop.first and message['role'] != 'system' -%}

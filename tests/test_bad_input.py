@@ -20,10 +20,10 @@ from conftest import (
 from test_end_to_end import ENVIRONMENT
 
 import finetune
-from util import plan_util
 from util.config import UserError
-from util.data_util import Records
-from util.sample_util import find_file
+from util.data import index
+from util.data.files import Records
+from util.data.sample import find_file
 
 GOOD = [user("Hi"), assistant("Hello.")]
 
@@ -203,13 +203,13 @@ def test_an_adapter_is_no_model_to_train(run_main, tmp_path):
     run_main("--train_data", data, "--lora_rank", 2, "--max_steps", 1)
     flags = ("--train_data", data, "--output_dir", tmp_path / "out2")
     message = fails(run_main, *flags, "--model_name_or_path", tmp_path / "out")
-    has(message, "is a LoRA adapter", "python -m util.merge_adapter")
+    has(message, "is a LoRA adapter", "python -m util.tools.merge_adapter")
 
 
 def test_the_index_need_not_be_kept(run_main, tmp_path, monkeypatch):
     data = write_data(tmp_path / "d.json", [GOOD])
     (tmp_path / "file").touch()
-    monkeypatch.setattr(plan_util, "CACHE_DIR", tmp_path / "file" / "cache")
+    monkeypatch.setattr(index, "CACHE_DIR", tmp_path / "file" / "cache")
     run_main("--train_data", data, "--max_steps", 1)
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
@@ -272,7 +272,7 @@ def test_a_crash_ends_the_process_and_its_workers(tmp_path):
     script = tmp_path / "crash.py"
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(REPO)!r})\n"
-        "import finetune\nfrom util.config import run_main\n"
+        "import finetune\nfrom util.run import run_main\n"
         "def crash(*arguments):\n    raise RuntimeError('CUDA error: an illegal access')\n"
         "finetune.cross_entropy_sum = crash\nrun_main(finetune.main)\n"
     )

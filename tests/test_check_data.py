@@ -15,7 +15,8 @@ from test_end_to_end import run_script
 from zoo import bomb, encode_image, make_audio, make_zoo_clip, smooth
 
 from check_data import main
-from util import config, plan_util
+from util.data import index
+from util.run import run_main
 
 GOOD = [user("Hi"), assistant("Hello.")]
 SYSTEM = {"role": "system", "content": "a"}
@@ -146,10 +147,10 @@ def check_data(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", list(map(str, argv)))
         if code:
             with pytest.raises(SystemExit) as info:
-                config.run_main(main)
+                run_main(main)
             assert str(info.value).startswith("error: ") and code == 1
         else:
-            config.run_main(main)
+            run_main(main)
         return capsys.readouterr().out
 
     return run
@@ -262,7 +263,7 @@ def test_without_decoding_only_what_headers_tell_is_found(check_data, folder, na
 
 def test_ten_thousand_samples_take_less_than_a_minute(check_data, tmp_path, monkeypatch):
     """Measured in CPU time, all processes together: other programs do not slow that down."""
-    monkeypatch.setattr(plan_util, "CACHE_DIR", tmp_path / "cache")
+    monkeypatch.setattr(index, "CACHE_DIR", tmp_path / "cache")
     for i in range(20):
         (tmp_path / f"{i}.jpg").write_bytes(encode_image(smooth(400 + 20 * i, 600, seed=i), "JPEG"))
     with open(tmp_path / "data.jsonl", "w") as file:

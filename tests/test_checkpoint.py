@@ -15,9 +15,9 @@ from test_one_rule import weights
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import finetune
-from util import checkpoint_util, logutil, model_util
-from util.checkpoint_util import (
-    EXIT_STOPPED,
+from util import checkpoint as saving
+from util import logutil
+from util.checkpoint import (
     check_same_run,
     damage,
     find_checkpoint,
@@ -26,7 +26,9 @@ from util.checkpoint_util import (
     rewind_files,
 )
 from util.config import UserError
-from util.memory_util import cross_entropy_sum
+from util.model import load
+from util.model.loss import cross_entropy_sum
+from util.run import EXIT_STOPPED, StopSignal
 
 FLAGS = {"batch_size": 8, "learning_rate": 1e-3, "num_epochs": 5, "num_workers": 0}
 NUM_STEPS = 20  # four an epoch
@@ -160,13 +162,13 @@ def test_the_best_is_the_best_on_the_same_data_and_a_number(run):
         path = result.folder / f"checkpoint-{step}" / "resume" / "state.json"
         state = json.loads(path.read_text())["state"]
         state |= {"eval_loss": loss, "config": state["config"] | config}
-        path.write_text(json.dumps({"state": state, "sha256": checkpoint_util._digest(state)}))
-    checkpoint_util._prune(result.folder, tiny_config(keep_checkpoints=1))
+        path.write_text(json.dumps({"state": state, "sha256": saving._digest(state)}))
+    saving._prune(result.folder, tiny_config(keep_checkpoints=1))
     assert [p.name for p in list_checkpoints(result.folder)] == ["checkpoint-5", "checkpoint-3"]
 
 
 def test_a_checkpoint_that_cannot_be_deleted_is_told_and_survived(run, monkeypatch, caplog):
-    checkpoint_util.logger.propagate = True
+    saving.logger.propagate = True
     rmtree = shutil.rmtree
 
     def busy(path, *args, **options):
@@ -174,7 +176,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_told_and_survived(run, monkeypat
             raise OSError(16, "Device or resource busy")
         rmtree(path, *args, **options)
 
-    monkeypatch.setattr(checkpoint_util.shutil, "rmtree", busy)
+    monkeypatch.setattr(saving.shutil, "rmtree", busy)
     result = run(save_steps=1, keep_checkpoints=1, num_steps=3)
     assert [p.name for p in list_checkpoints(result.folder)] == ["checkpoint-3"]
     assert "checkpoint-1 could not be deleted" in caplog.text
@@ -246,8 +248,8 @@ def test_metadata_that_could_run_code_are_not_loaded(run, monkeypatch, tmp_path)
     # Somebody who means harm writes the checksum of it, too.
     content = json.loads((folder / "resume" / "state.json").read_text())
     state = content["state"]
-    state["files"]["resume/.metadata"] = [path.stat().st_size, checkpoint_util._checksum(path)]
-    text = json.dumps({"state": state, "sha256": checkpoint_util._digest(state)})
+    state["files"]["resume/.metadata"] = [path.stat().st_size, saving._checksum(path)]
+    text = json.dumps({"state": state, "sha256": saving._digest(state)})
     (folder / "resume" / "state.json").write_text(text)
     monkeypatch.chdir(tmp_path)
     assert "it asks for" in damage(folder) and not (tmp_path / "opened").exists()
@@ -275,7 +277,7 @@ def test_damage_is_named_and_latest_goes_back(run, fault, caplog):
         content[len(content) // 2] ^= 1
         victim.write_bytes(content)
     assert victim.name in damage(newest)
-    checkpoint_util.logger.propagate = True
+    saving.logger.propagate = True
     latest = tiny_config(output_dir=str(result.folder), resume_from="latest")
     assert find_checkpoint(latest) == older
     assert f"{newest} is damaged" in caplog.text and victim.name in caplog.text
@@ -288,7 +290,7 @@ def test_damage_is_named_and_latest_goes_back(run, fault, caplog):
 
 def test_checkpoints_after_the_one_resumed_are_not_of_the_run_any_more(run, caplog):
     """Or they would win over those of the run that goes on, also where they are damaged."""
-    checkpoint_util.logger.propagate = True
+    saving.logger.propagate = True
     stopped = run(stop_after=6, save_steps=3, num_steps=9)
     damaged = stopped.folder / "checkpoint-6" / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -326,8 +328,8 @@ def test_other_samples_left_out_make_another_run(mixed_data, tiny_folder):
 
 
 def test_the_last_export_waits_for_room(monkeypatch, caplog, tmp_path):
-    checkpoint_util.logger.propagate = True
-    monkeypatch.setattr(checkpoint_util, "EXPORT_AGAIN_SECONDS", 0)
+    saving.logger.propagate = True
+    monkeypatch.setattr(saving, "EXPORT_AGAIN_SECONDS", 0)
     tries = []
 
     def export(folder):
@@ -335,21 +337,21 @@ def test_the_last_export_waits_for_room(monkeypatch, caplog, tmp_path):
         if len(tries) < 3:
             raise OSError(28, "No space left on device")
 
-    checkpoint_util.export_at_last(export, tmp_path, 7)
+    saving.export_at_last(export, tmp_path, 7)
     assert tries == [tmp_path] * 3 and caplog.text.count("Make room: trying again") == 2
     # A signal ends the waiting; a run whose last step is saved can go on.
-    monkeypatch.setattr(checkpoint_util, "EXPORT_AGAIN_SECONDS", 60)
-    monkeypatch.setattr(checkpoint_util.StopSignal, "was_noted", True)
+    monkeypatch.setattr(saving, "EXPORT_AGAIN_SECONDS", 60)
+    monkeypatch.setattr(StopSignal, "was_noted", True)
     for code in (1, EXIT_STOPPED):
         tries.clear()
         with pytest.raises(SystemExit) as info:
-            checkpoint_util.export_at_last(export, tmp_path, 7)
+            saving.export_at_last(export, tmp_path, 7)
         assert info.value.code == code
         (tmp_path / "checkpoint-7").mkdir(exist_ok=True)
 
 
 def test_another_run_is_refused_and_every_difference_named(run, mixed_data, caplog):
-    checkpoint_util.logger.propagate = True
+    saving.logger.propagate = True
     result = run(stop_after=2)
     checkpoint = result.folder / "checkpoint-2"
     flags = FLAGS | {"output_dir": str(result.folder), "train_data": [mixed_data]}
@@ -386,14 +388,14 @@ def test_output_folders_that_do_not_fit(run, tmp_path):
 
 
 def test_a_full_disk_is_told_survived_and_tried_again(run, monkeypatch, caplog):
-    checkpoint_util.logger.propagate = True
+    saving.logger.propagate = True
     disk_usage, calls = shutil.disk_usage, []
 
     def full_at_the_second_save(path):
         calls.append(path)
         return SimpleNamespace(free=1000) if len(calls) == 2 else disk_usage(path)
 
-    monkeypatch.setattr(checkpoint_util.shutil, "disk_usage", full_at_the_second_save)
+    monkeypatch.setattr(saving.shutil, "disk_usage", full_at_the_second_save)
     result = run(save_steps=2, num_steps=6)
     assert [p.name for p in list_checkpoints(result.folder)] == ["checkpoint-6", "checkpoint-2"]
     assert "checkpoint-4 could not be written" in caplog.text and "GiB are free" in caplog.text
@@ -407,10 +409,10 @@ def test_a_full_disk_is_told_survived_and_tried_again(run, monkeypatch, caplog):
 
 @pytest.mark.parametrize("what", ["export", "shards"])
 def test_a_disk_that_fills_up_while_writing_is_survived(run, what, monkeypatch, caplog):
-    checkpoint_util.logger.propagate = True
+    saving.logger.propagate = True
     module, name = {
-        "export": (model_util, "_write_model"),
-        "shards": (checkpoint_util._ShardWriter, "_write_data"),
+        "export": (load, "_write_model"),
+        "shards": (saving._ShardWriter, "_write_data"),
     }[what]
     original, calls = getattr(module, name), []
 
@@ -431,7 +433,7 @@ def test_a_disk_that_fills_up_while_writing_is_survived(run, what, monkeypatch, 
 
 def test_shards_go_into_several_files_and_come_back(run, monkeypatch):
     """What is copied from a GPU is in main memory until its file is closed."""
-    monkeypatch.setattr(checkpoint_util, "SHARD_FILE_BYTES", 5 * 2**20)
+    monkeypatch.setattr(saving, "SHARD_FILE_BYTES", 5 * 2**20)
     stopped = run("broken", stop_after=7)
     files = list((stopped.folder / "checkpoint-7" / "resume").glob("*.distcp"))
     sizes = [path.stat().st_size for path in files]
@@ -448,7 +450,7 @@ def test_what_is_saved_is_not_written_again(run, monkeypatch, tmp_path):
         rename(source, target)
         seen.append(target.name)
 
-    monkeypatch.setattr(checkpoint_util.os, "rename", look)
+    monkeypatch.setattr(saving.os, "rename", look)
     monkeypatch.setattr(finetune, "cross_entropy_sum", BrokenLoss({4}))
     with pytest.raises(UserError, match="step 4"):
         run(max_tokens=10**6, save_steps=1)
@@ -457,7 +459,7 @@ def test_what_is_saved_is_not_written_again(run, monkeypatch, tmp_path):
 
 
 def test_a_vanished_output_folder_is_survived(run, monkeypatch, tmp_path):
-    class Vanishing(checkpoint_util.StopSignal):
+    class Vanishing(StopSignal):
         def __init__(self):
             super().__init__()
             shutil.rmtree(tmp_path / "out")

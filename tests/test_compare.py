@@ -30,8 +30,14 @@ import compare
 import test_on_official_model
 import test_on_trained_model_by_us
 from util.config import UserError
-from util.page_util import make_visible, mark_differences
-from util.score_util import character_error_rate, edit_distance, exact_match, load_metric, score_all
+from util.tools.page import make_visible, mark_differences
+from util.tools.scores import (
+    character_error_rate,
+    edit_distance,
+    exact_match,
+    load_metric,
+    score_all,
+)
 
 TEXT = st.text("ab \n\u4f60\u597d\U0001f600", max_size=12)
 
@@ -348,7 +354,7 @@ def test_media_are_found_beside_the_answers(answers, monkeypatch, tmp_path, run)
 
 
 def test_clips_that_cannot_be_embedded_show_a_frame(answers, make_page, monkeypatch):
-    monkeypatch.setattr("util.page_util.MAX_CLIP_BYTES", 10)
+    monkeypatch.setattr("util.tools.page.MAX_CLIP_BYTES", 10)
     page = make_page(*answers)
     assert "<video" not in page and "not embedded" in page
     assert page.count("data:image/jpeg;base64,") == 2
@@ -412,4 +418,4 @@ def test_broken_metrics_cost_only_the_curve(answers, make_page, tmp_path, capsys
 
 def test_compare_needs_no_gpu_and_no_model():
     source = (REPO / "compare.py").read_text(encoding="utf-8")
-    assert "model_util" not in source and "generate" not in source.split('"""')[2]
+    assert "util.model" not in source and "generate" not in source.split('"""')[2]

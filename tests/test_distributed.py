@@ -38,11 +38,13 @@ from transformers import AutoModelForImageTextToText
 
 import finetune
 from finetune import train
-from util.checkpoint_util import EXIT_STOPPED, damage, list_checkpoints
+from util.checkpoint import damage, list_checkpoints
 from util.config import UserError
-from util.distributed_util import build_mesh, rank_metrics, start_processes
-from util.model_util import export_model, load_model, load_processor
-from util.plan_util import Index, Plan
+from util.data.index import Index
+from util.data.plan import Plan
+from util.distributed import build_mesh, rank_metrics, start_processes
+from util.model.load import export_model, load_model, load_processor
+from util.run import EXIT_STOPPED
 
 DRIVER = REPO / "tests" / "distributed_driver.py"
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -749,9 +751,9 @@ def test_machines_that_share_no_disk_are_told(tmp_path):
         f"import os, sys\nsys.path.insert(0, {str(REPO)!r})\n"
         "folder = os.path.join(os.path.dirname(__file__), os.environ['RANK'])\n"
         "os.makedirs(folder)\nos.chdir(folder)\n"
-        "from util import distributed_util\nimport finetune_distributed\n"
-        "distributed_util.SHARED_FOLDER_SECONDS = 1\n"
-        "distributed_util.run_rank(finetune_distributed.main)\n"
+        "import finetune_distributed\nfrom util import distributed, run\n"
+        "distributed.SHARED_FOLDER_SECONDS = 1\n"
+        "run.run_rank(finetune_distributed.main)\n"
     )
     data = REPO / "train_data" / "data.json"
     flags = flags_of(train_data=data, output_dir="a/b", max_steps=2)

@@ -32,14 +32,16 @@ from transformers.video_utils import VideoMetadata
 
 import finetune
 import test_on_trained_model_by_us
-from util import model_util
 from util.config import UserError
-from util.data_util import media_of
-from util.generate_util import generate
-from util.memory_util import hand_over_whole_rows, part_of
-from util.model_util import InputBuilder, load_processor
-from util.plan_util import pack
-from util.sample_util import IGNORE
+from util.data.batch import pack
+from util.data.conversation import media_of
+from util.data.sample import IGNORE
+from util.model import inputs
+from util.model.attention import hand_over_whole_rows
+from util.model.families import part_of
+from util.model.inputs import InputBuilder
+from util.model.load import load_processor
+from util.tools.generate import generate
 from util.vision_util import load_frames
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -211,7 +213,7 @@ def test_inputs_lie_where_a_gpu_needs_them(run, monkeypatch):
         return run_without_fakes
 
     for name in ("stay_on_cpu", "segment_lengths"):
-        monkeypatch.setattr(model_util, name, on_real_tensors(getattr(model_util, name)))
+        monkeypatch.setattr(inputs, name, on_real_tensors(getattr(inputs, name)))
     micro_batch = pack([run.encoder.encode(run.records[0])], run.encoder)
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
         with torch.device("cuda"):

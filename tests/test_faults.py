@@ -15,7 +15,8 @@ from conftest import REPO, assistant, image, make_image, user, write_data
 from safetensors.torch import load_file
 from test_end_to_end import ENVIRONMENT, run_script
 
-from util.checkpoint_util import EXIT_STOPPED, damage, list_checkpoints
+from util.checkpoint import damage, list_checkpoints
+from util.run import EXIT_STOPPED
 
 NUM_STEPS = 40
 

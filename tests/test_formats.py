@@ -27,11 +27,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.fuzz import WORDS, check_file
-from util import plan_util
-from util.checkpoint_util import StopSignal
 from util.config import UserError
-from util.data_util import Records, parse_conversation
-from util.plan_util import Index, Plan, build_index, load_micro_batches, prepare_data
+from util.data import index as index_module
+from util.data import workers
+from util.data.batch import load_micro_batches, prepare_data
+from util.data.conversation import parse_conversation
+from util.data.files import Records
+from util.data.index import Index, build_index
+from util.data.plan import Plan
+from util.run import StopSignal
 
 EXPECTED = [
     {"role": "system", "content": "Be brief."},
@@ -246,11 +250,11 @@ def test_an_epoch_takes_each_file_at_its_rate(files, batch_size):
 
 
 def test_the_index_is_kept_and_made_anew_when_something_changes(tmp_path, tiny_folder, monkeypatch):
-    monkeypatch.setattr(plan_util, "CACHE_DIR", tmp_path / "cache")
+    monkeypatch.setattr(index_module, "CACHE_DIR", tmp_path / "cache")
     measured = []
-    measure = plan_util._measure
+    measure = index_module._measure
     monkeypatch.setattr(
-        plan_util, "_measure", lambda *args: measured.append(args[-1]) or measure(*args)
+        index_module, "_measure", lambda *args: measured.append(args[-1]) or measure(*args)
     )
 
     def count(conversations, **flags):
@@ -270,7 +274,7 @@ def test_the_index_is_kept_and_made_anew_when_something_changes(tmp_path, tiny_f
 
 
 def test_many_samples_are_measured_by_several_processes(tmp_path, tiny_folder, monkeypatch):
-    monkeypatch.setattr(plan_util, "CACHE_DIR", tmp_path)
+    monkeypatch.setattr(index_module, "CACHE_DIR", tmp_path)
     data = [[user("word " * (i % 9)), assistant("x" * (i % 5))] for i in range(700)]
     data[300] = [user("no answer")]
     records = Records([write_jsonl(tmp_path / "a.jsonl", data)])
@@ -287,7 +291,7 @@ def test_a_process_that_dies_while_measuring_is_an_error_and_no_hang():
         os.kill(os.getpid(), signal.SIGKILL)  # as a system does that runs out of memory
 
     with pytest.raises(RuntimeError, match="exited unexpectedly"):
-        list(plan_util._run_all(die, "index", np.arange(300), None, None))
+        list(workers.run_all(die, "index", np.arange(300), None, None))
 
 
 def test_measuring_leaves_no_process_behind_whenever_it_ends():
@@ -295,7 +299,7 @@ def test_measuring_leaves_no_process_behind_whenever_it_ends():
     StopSignal()
     before = set(multiprocessing.active_children())  # of other tests
     for num_taken in (0, 1, 20, 300):
-        results = plan_util._run_all(lambda *task: task[-1], "index", np.arange(300), None, None)
+        results = workers.run_all(lambda *task: task[-1], "index", np.arange(300), None, None)
         assert [i for i, _ in itertools.islice(results, num_taken)] == list(range(num_taken))
         results.close()
         deadline = time.monotonic() + 10
@@ -329,11 +333,11 @@ def test_a_million_lines_open_in_seconds_and_little_memory(tmp_path, tiny_folder
     with path.open("w") as file:
         for _ in range(100):
             file.write(line * 10_000)
-    monkeypatch.setattr(plan_util, "CACHE_DIR", tmp_path)
+    monkeypatch.setattr(index_module, "CACHE_DIR", tmp_path)
     config, encoder = tiny_config(train_data=[str(path)]), encoder_for(tiny_folder)
     records = Records([str(path)])
     row = encoder.measure(records[999_999])
-    name = f"index-{plan_util._index_key(records, encoder)}.npy"
+    name = f"index-{index_module._index_key(records, encoder)}.npy"
     np.save(tmp_path / name, np.tile(row, (1_000_000, 1)))
     del records
     before, memory = resource.getrusage(resource.RUSAGE_SELF), resident_bytes()

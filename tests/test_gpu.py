@@ -10,11 +10,13 @@ from conftest import encoder_for, set_up, tiny_config
 from test_end_to_end import run_script
 from transformers.utils import is_flash_attn_2_available
 
-from util.memory_util import choose_autocast, cross_entropy_sum
-from util.model_util import InputBuilder, load_model
-from util.optim_util import build_optimizer
-from util.plan_util import pack
-from util.planner import GIB, largest_micro_batch, plan_memory
+from util.data.batch import pack
+from util.model.inputs import InputBuilder
+from util.model.load import load_model
+from util.model.loss import cross_entropy_sum
+from util.model.parts import choose_autocast
+from util.optim import build_optimizer
+from util.tools.planner import GIB, largest_micro_batch, plan_memory
 
 pytestmark = [
     pytest.mark.gpu,

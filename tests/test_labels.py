@@ -3,7 +3,7 @@
 import pytest
 from conftest import assistant, encoder_for, image, make_image, make_video, text, user, video
 
-from util.sample_util import IGNORE
+from util.data.sample import IGNORE
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 

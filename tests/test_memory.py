@@ -10,13 +10,14 @@ from conftest import CPU, set_up, tiny_config
 from test_one_rule import train_packed
 from transformers import AutoModelForImageTextToText
 
-import util.memory_util
+import util.model.loss
 from benchmarks.bench_peers import make_data
 from finetune import main
-from util.memory_util import cross_entropy_sum, part_of
-from util.merge_adapter import merge_adapter
-from util.model_util import load_model, load_model_to_answer
-from util.optim_util import build_optimizer, lean_block_size, set_learning_rate
+from util.model.families import part_of
+from util.model.load import load_model, load_model_to_answer
+from util.model.loss import cross_entropy_sum
+from util.optim import build_optimizer, lean_block_size, set_learning_rate
+from util.tools.merge_adapter import merge_adapter
 
 
 def one_micro_batch(run):
@@ -36,7 +37,7 @@ def backward(run):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_rows", [0, 1, 7, 12])
 def test_the_chunked_loss_is_cross_entropy(monkeypatch, dtype, num_rows):
-    monkeypatch.setattr(util.memory_util, "CHUNK_ELEMENTS", 5 * 100)  # 5 rows a chunk
+    monkeypatch.setattr(util.model.loss, "CHUNK_ELEMENTS", 5 * 100)  # 5 rows a chunk
     torch.manual_seed(0)
     values = (4 * torch.randn(1, num_rows, 100)).to(dtype)
     targets = torch.randint(0, 100, (num_rows,))
@@ -127,7 +128,7 @@ def test_the_vision_learning_rate_is_that_of_tower_and_merger(mixed_data, tiny_f
     run = set_up(tiny_config(train_data=[mixed_data], **flags), tiny_folder)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     optimizer = build_optimizer(run.model, run.config)
-    util.optim_util.set_learning_rate(optimizer, 1e-3)
+    util.optim.set_learning_rate(optimizer, 1e-3)
     backward(run)
     optimizer.step()
     for name, parameter in run.model.named_parameters():

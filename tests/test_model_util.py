@@ -7,15 +7,12 @@ import pytest
 import torch
 from conftest import CPU, tiny_config
 
-from util import model_util
+from util import run
 from util.config import UserError
-from util.model_util import (
-    choose_attention,
-    choose_device,
-    find_model,
-    load_model,
-    load_processor,
-)
+from util.model import attention, load
+from util.model.attention import choose_attention
+from util.model.load import find_model, load_model, load_processor
+from util.run import choose_device
 
 CUDA = torch.device("cuda")
 
@@ -32,7 +29,7 @@ CUDA = torch.device("cuda")
     ],
 )
 def test_choice_of_attention(monkeypatch, device, precision, installed, capability, expected):
-    monkeypatch.setattr(model_util, "is_flash_attn_2_available", lambda: installed)
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: installed)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert choose_attention(device, precision) == expected
 
@@ -52,7 +49,7 @@ def test_choice_of_device(monkeypatch):
 
 def test_an_nvidia_device_that_cannot_be_used_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(model_util.Path, "exists", lambda self: str(self) == "/dev/nvidia0")
+    monkeypatch.setattr(run.Path, "exists", lambda self: str(self) == "/dev/nvidia0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(UserError, match="NVIDIA device.*driver"):
         choose_device(None)
@@ -67,8 +64,8 @@ def test_an_nvidia_device_that_cannot_be_used_is_an_error(monkeypatch):
 
 
 def test_unreachable_hub_is_found_in_seconds_and_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(model_util.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(model_util.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(load.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(load.constants, "HF_HUB_OFFLINE", False)
     started = time.perf_counter()
     with pytest.raises(UserError) as info:
         find_model("Qwen/Qwen2-VL-2B-Instruct")

@@ -9,8 +9,8 @@ from conftest import CPU, plain_model, set_up, tiny_config
 from test_packing import alone_inputs
 
 from finetune import train
-from util.optim_util import build_optimizer, learning_rate_at
-from util.sample_util import IGNORE
+from util.data.sample import IGNORE
+from util.optim import build_optimizer, learning_rate_at
 
 FLAGS = {"batch_size": 8, "num_epochs": 2, "learning_rate": 1e-3, "precision": "fp32"}
 

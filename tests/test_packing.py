@@ -10,10 +10,11 @@ from PIL import Image
 from transformers import AutoProcessor, modeling_flash_attention_utils
 
 from benchmarks.fuzz import check_packing
-from util.data_util import media_of
-from util.model_util import InputBuilder, load_processor
-from util.plan_util import pack
-from util.sample_util import IGNORE
+from util.data.batch import pack
+from util.data.conversation import media_of
+from util.data.sample import IGNORE
+from util.model.inputs import InputBuilder
+from util.model.load import load_processor
 from util.vision_util import load_frames
 
 

@@ -4,7 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from util.plan_util import Index, Plan
+from util.data.index import Index
+from util.data.plan import Plan
 
 
 def make_index(lengths):

@@ -10,16 +10,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import check_data
 import finetune
-import util.planner
+import util.tools.planner
 from benchmarks.bench_2b import allocator_peak
-from util.config import UserError, run_main
-from util.flops_util import FlopCounter, peak_flops_of
-from util.memory_util import choose_autocast, cross_entropy_sum
-from util.model_util import load_model
-from util.optim_util import build_optimizer
-from util.plan_util import Plan
-from util.planner import GIB, plan_memory
-from util.tiny_model import build_config
+from util.config import UserError
+from util.data.plan import Plan
+from util.model.load import load_model
+from util.model.loss import cross_entropy_sum
+from util.model.parts import choose_autocast
+from util.model.tiny import build_config
+from util.optim import build_optimizer
+from util.run import run_main
+from util.tools.flops import FlopCounter, peak_flops_of
+from util.tools.planner import GIB, plan_memory
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_the_planned_peak_is_the_real_one(flags, mixed_data, larger_tiny):
     run = set_up(config, folder)
     model_config = transformers.AutoConfig.from_pretrained(folder)
     planned = plan_memory(model_config, run.processor, config, run.data, shard_size=1)
-    samples, is_accumulated = util.planner.largest_micro_batch(run.data, model_config, config)
+    samples, is_accumulated = util.tools.planner.largest_micro_batch(run.data, model_config, config)
     assert is_accumulated == (config.max_tokens == 700)
     peak = real_step(run, samples, 1 + is_accumulated)
     assert planned["peak_gib"] * GIB == pytest.approx(peak, rel=0.05)
@@ -151,7 +153,7 @@ def test_the_largest_micro_batch_is_planned(mixed_data, tiny_folder):
     config = tiny_config(train_data=[mixed_data], batch_size=4, max_tokens=700)
     run = set_up(config, tiny_folder)
     model_config = transformers.AutoConfig.from_pretrained(tiny_folder)
-    largest, _ = util.planner.largest_micro_batch(run.data, model_config, config)
+    largest, _ = util.tools.planner.largest_micro_batch(run.data, model_config, config)
     plan = Plan(run.index, 4, run.plan.capacity, 0, 1)
     every = [m for step in plan.steps(0, plan.num_steps_per_epoch) for m in step.micro_batches[0]]
     assert largest in every
@@ -178,7 +180,7 @@ def test_the_planner_prints_json_and_flags_that_fit(mixed_data, monkeypatch, cap
 
 def test_what_cannot_fit_is_told_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        util.planner.psutil, "virtual_memory", lambda: type("", (), {"available": 30 * 2**20})
+        util.tools.planner.psutil, "virtual_memory", lambda: type("", (), {"available": 30 * 2**20})
     )
     monkeypatch.setattr(finetune, "load_model", None)
     flags = ("--model_name_or_path", "tiny", "--device", "cpu", "--output_dir", tmp_path / "out")
@@ -196,7 +198,7 @@ def test_out_of_memory_says_what_to_do():
 
 
 def test_tiny_has_room(tiny_folder):
-    util.planner.check_fits(tiny_folder, tiny_config(), CPU, shard_size=1)
+    util.tools.planner.check_fits(tiny_folder, tiny_config(), CPU, shard_size=1)
     assert load_model(tiny_folder, "packed_sdpa", CPU, tiny_config()) is not None
 
 

@@ -16,7 +16,7 @@ from test_end_to_end import run_script
 from benchmarks import bench_fit
 from util import check_requirements
 from util.config import TINY_NOTICE, Config
-from util.data_util import parse_conversation
+from util.data.conversation import parse_conversation
 
 # Each is followed by the same page in Chinese.
 ENGLISH = ("README.md", "docs/loop.md", "docs/measured.md", "docs/flags.md")
@@ -87,7 +87,7 @@ def test_every_other_command_runs(command, tmp_path, short_run, adapter_run):
     if words[1].startswith("test_on_trained"):
         run = adapter_run if "adapter" in command else short_run
         words += ["--model_dir", str(run / "checkpoint-2" if "checkpoint-" in command else run)]
-    if "util.merge_adapter" in words:
+    if "util.tools.merge_adapter" in words:
         words[-2:] = [str(adapter_run), str(tmp_path / "merged")]
     if "--save" in words:
         words[words.index("--save") + 1] = str(tmp_path / "answers.json")
@@ -129,7 +129,7 @@ OTHER_FLAGS = {
 @pytest.mark.parametrize("name", PAGES)
 def test_flags_that_are_named_exist(name):
     known = {field.name for field in dataclasses.fields(Config)} | OTHER_FLAGS
-    for script in ("check_data.py", "compare.py", "util/generate_util.py"):
+    for script in ("check_data.py", "compare.py", "util/tools/generate.py"):
         source = (REPO / script).read_text(encoding="utf-8")
         known |= set(re.findall(r"add_argument\(\s*\"--(\w+)\"", source))
     assert set(re.findall(r"(?<![\w-])--(\w[\w-]*)", TEXTS[name])) - known == set()

@@ -24,20 +24,20 @@ from hypothesis import strategies as st
 from PIL import Image
 from qwen_vl_utils import vision_process as qwen
 
-from util import media_source, video_reader
-from util.data_util import parse_conversation
-from util.media_source import check_media_item, describe, resolve
-from util.video_reader import VideoReader, how_it_is_shown
+from util.data.conversation import parse_conversation
+from util.media import source as media_source
+from util.media import video_reader
+from util.media.image import image_size, read_image
+from util.media.source import check_media_item, describe, resolve
+from util.media.video_reader import VideoReader, how_it_is_shown
+from util.model.families import convert_box
 from util.vision_util import (
     PixelPolicy,
     clip_metadata,
-    convert_box,
     frame_indices,
-    image_size,
     load_frames,
     load_media,
     probe_media,
-    read_image,
     smart_resize,
 )
 

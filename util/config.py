@@ -2,18 +2,11 @@
 
 import dataclasses
 import json
-import multiprocessing
-import os
-import sys
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-import torch.distributed as dist
-import transformers
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 # What a run uses where the flag is left out.
@@ -245,65 +238,3 @@ def fill_defaults(config: Config, device_type: str, output_dir: Path | None = No
     filled["output_dir"] = str(output_dir or f"train_output/{time.strftime('%Y%m%d_%H%M%S')}")
     filled = {name: value for name, value in filled.items() if getattr(config, name) is None}
     return dataclasses.replace(config, model_name_or_path=model, **filled)
-
-
-def explain_out_of_memory(error: Exception) -> UserError:
-    """Return what to do about a torch.OutOfMemoryError."""
-    return UserError(
-        "the GPU's memory is full. In the order in which to try them: "
-        "--gradient_checkpointing all; a lower --max_tokens (the longest sample must fit) or "
-        "--max_pixels; --precision bf16_lean; --train llm; --lora_rank 64; more GPUs. What fits is "
-        "told, without a GPU, by check_data.py with the flags of this run and --plan GIB. "
-        f"PyTorch says: {' '.join(str(error).split())[:300]}"
-    )
-
-
-def on_main_process(function, *arguments):
-    """Return on every rank what `function` returns on the main one, where alone it runs.
-
-    An OSError or UserError is raised on every rank too. On a single device, it is just called.
-    """
-    if not dist.is_initialized():
-        return function(*arguments)
-    result = [None]
-    if dist.get_rank() == 0:
-        try:
-            result = [function(*arguments)]
-        except (OSError, UserError) as error:
-            result = [error]
-    dist.broadcast_object_list(result)
-    if isinstance(result[0], (OSError, UserError)):
-        raise result[0]
-    return result[0]
-
-
-def run_main(main) -> None:
-    """Run a script's main(); a UserError becomes one message and exit code 1."""
-    transformers.logging.disable_progress_bar()
-    # When this has returned, nothing holds what the frames of main() held: loaders have ended their
-    # worker processes. One that is stuck takes no notice of that, and Python would wait for it.
-    code = _exit_code(main)
-    for stuck in multiprocessing.active_children():
-        stuck.kill()
-    if code:
-        sys.exit(code)
-
-
-def _exit_code(main) -> int | str | None:
-    try:
-        main()
-    except SystemExit as end:
-        return end.code
-    except torch.OutOfMemoryError as error:
-        return f"error: {explain_out_of_memory(error)}"
-    except UserError as error:
-        return f"error: {error}"
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # as with | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception:
-        traceback.print_exc()
-        return 1
-    return None

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from util.check_requirements import read_requirements
 from util.config import Config, UserError
-from util.plan_util import PlannedData
+from util.data.batch import PlannedData
 
 logger = logging.getLogger("finetune")
 

@@ -5,18 +5,16 @@ resizes again. Everything raises ValueError or OSError with a message for the us
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
-from io import BytesIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.video_utils import VideoMetadata
 
-from util.media_source import FRAME_SIZE_KEYS, IMAGE_KEYS, NUM_FRAMES_KEYS, resolve
-from util.video_reader import VideoReader
+from util.media.image import image_size, read_image
+from util.media.source import FRAME_SIZE_KEYS, IMAGE_KEYS, NUM_FRAMES_KEYS, resolve
+from util.media.video_reader import VideoReader
 
 # Frames of a clip are read in multiples of this, and never fewer than MIN_FRAMES where the clip
 # has them; a clip's frames share MAX_VIDEO_TOKENS * 0.9 tokens. A size given by an item itself
@@ -27,8 +25,6 @@ MAX_VIDEO_TOKENS = 128000
 MIN_FRAME_TOKENS = 128
 MAX_IMAGE_TOKENS = 16384
 MAX_ASPECT_RATIO = 200
-# Where a PNG can say how it is turned: its own chunk, as ImageMagick writes it, as Adobe does.
-PNG_EXIF_KEYS = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
 
 
 # ---------------------------------------------------------------- the pixel policy
@@ -191,28 +187,6 @@ class PixelPolicy:
         return 3 * self.temporal_patch_size * self.patch_size**2
 
 
-def convert_box(
-    box: list[float], size: tuple[int, int], resized: tuple[int, int], model_type: str
-) -> list[int]:
-    """Return a box in pixels, (x1, y1, x2, y2), in the coordinates that a family was trained on.
-
-    `size` is the (height, width) of the picture as it is shown, `resized` what
-    `PixelPolicy.image_size` makes of it, `model_type` that of the model's config: qwen2_vl and
-    qwen3_vl count thousandths of the picture, qwen2_5_vl pixels of the resized picture. Points,
-    (x, y), convert alike. Sources: the Qwen2-VL report, arXiv 2409.12191 (normalized to 1000);
-    the Qwen2.5-VL report, arXiv 2502.13923 (absolute); 2d_grounding.ipynb of QwenLM/Qwen3-VL.
-    """
-    scales = {"qwen2_vl": (1000, 1000), "qwen3_vl": (1000, 1000), "qwen2_5_vl": resized}
-    if model_type not in scales:
-        raise ValueError(f"boxes of {model_type} are not known: use one of {', '.join(scales)}")
-    (height, width), (to_height, to_width) = size, scales[model_type]
-    converted = []
-    for i, value in enumerate(box):
-        old, new = (height, to_height) if i % 2 else (width, to_width)
-        converted.append(round(min(max(value, 0), old) / old * new))
-    return converted
-
-
 # ---------------------------------------------------------------- what training calls
 
 
@@ -355,57 +329,3 @@ def patchify(frames: torch.Tensor, policy: PixelPolicy) -> torch.Tensor:
         grid_t, depth, 3, grid_h // merge, merge, patch, grid_w // merge, merge, patch
     )
     return patches.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, policy.patch_dim)
-
-
-# ---------------------------------------------------------------- pictures
-
-
-def open_image(source: str | BytesIO | Image.Image):
-    """Return a picture as a context manager that closes what it opened; its header is read."""
-    if isinstance(source, Image.Image):
-        return nullcontext(source)
-    try:
-        image = Image.open(source)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"the picture is too large to open safely: {error}") from error
-    except UnidentifiedImageError as error:
-        raise ValueError("it is no picture of a known format") from error
-    if image.mode == "F":
-        raise ValueError("pixels in floating point have no fixed range: store them as 8 bits")
-    return image
-
-
-def image_size(source: str | BytesIO | Image.Image) -> tuple[int, int]:
-    """Return the (height, width) of a picture as it is shown, from its header."""
-    with open_image(source) as image:
-        width, height = image.size
-        # Orientations 5 to 8 of the EXIF standard turn the picture by a quarter.
-        return (width, height) if _orientation(image) >= 5 else (height, width)
-
-
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation of an opened picture, 1 to 8, from its header."""
-    if image.format == "PNG" and not image.info.keys() & PNG_EXIF_KEYS:
-        return 1  # getexif() would decode the whole picture to look behind it
-    if image.format == "TIFF":
-        return 1  # Pillow itself turns these
-    orientation = image.getexif().get(0x0112, 1)
-    return orientation if orientation in range(1, 9) else 1
-
-
-def read_image(source: str | BytesIO | Image.Image) -> torch.Tensor:
-    """Decode a picture to (3, height, width) uint8 RGB, upright, alpha over white."""
-    with open_image(source) as image:
-        if _orientation(image) != 1:
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits: convert("RGB") would clip instead of scaling
-            pixels = np.asarray(image)
-            # Pillow opens 16-bit PGM as mode I too; of 32 bits, nobody knows what is white.
-            if image.mode == "I" and not (pixels.min() >= 0 and 256 <= pixels.max() < 65536):
-                raise ValueError("pixels of 32 bits have no fixed range: store them as 8 bits")
-            image = Image.fromarray((pixels >> 8).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from util.data_util import media_of, parse_conversation, text_of
-from util.media_source import check_local_file, describe, local_path, map_paths
+from util.data.conversation import media_of, parse_conversation, text_of
+from util.media.source import check_local_file, describe, local_path, map_paths
 from util.vision_util import MediaShape, PixelPolicy, load_media, probe_media
 
 IGNORE = -100  # label of a token that is not trained

@@ -3,13 +3,9 @@
 What trains is in finetune_distributed.py; nothing here touches a gradient.
 """
 
-import atexit
 import logging
-import multiprocessing
 import os
-import signal
 import socket
-import sys
 import time
 import uuid
 from contextlib import suppress
@@ -24,33 +20,23 @@ from accelerate import PartialState, init_empty_weights
 from accelerate.utils import gather_object
 from safetensors import safe_open
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from util.checkpoint_util import EXIT_STOPPED, StopSignal
-from util.config import (
-    Config,
-    UserError,
-    explain_out_of_memory,
-    fill_defaults,
-    on_main_process,
-)
+from util.config import Config, UserError, fill_defaults
+from util.data.plan import Plan, Step
 from util.logutil import MetricsFile, open_reporter
-from util.memory_util import init_lora, local_rows, prepare_for_training
-from util.model_util import explained, is_exported, register_attention, write_model
-from util.plan_util import Plan, Step
-from util.tiny_model import cached_tiny_model
+from util.model.attention import register_attention
+from util.model.load import explained, is_exported, write_model
+from util.model.parts import init_lora, local_rows, prepare_for_training
+from util.model.tiny import cached_tiny_model
+from util.run import StopSignal, on_main_process
 
 # How long ranks wait for the main one, which may have much data to index.
 START_TIMEOUT = timedelta(hours=2)
-# How long a failure that other ranks may share, or have caused, waits for theirs to be told first.
-# The launcher ends all ranks of its machine as soon as one has failed.
-SAME_FAILURE_SECONDS = 5
-LOST_PEER_SECONDS = 15
 SHARED_FOLDER_SECONDS = 10
 
 # ---------------------------------------------------------------- processes
@@ -146,65 +132,6 @@ def build_mesh(state: PartialState, shard_size: int | None) -> DeviceMesh:
         (world_size // shard_size, shard_size),
         mesh_dim_names=("replicate", "shard"),
     )
-
-
-def run_rank(main) -> None:
-    """Run a script's main() as one rank of several, and end the process.
-
-    Where it fails, the launcher ends the other ranks, and the last that it prints is what the
-    first rank to fail has recorded here.
-    """
-    transformers.logging.disable_progress_bar()
-    exit_code = 1
-    try:
-        main()
-        PartialState().destroy_process_group()
-        exit_code = 0
-    except SystemExit as end:
-        exit_code = end.code or 0
-        if exit_code == EXIT_STOPPED and "STOPPED_FILE" in os.environ:
-            Path(os.environ["STOPPED_FILE"]).touch()  # the launcher's own exit code would be 1
-    except KeyboardInterrupt:
-        pass
-    except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            error = explain_out_of_memory(error)
-        _wait_for_the_first_to_fail(error)
-        if isinstance(error, UserError):
-            # The message alone, without how the program came there.
-            error.__cause__, error.__suppress_context__ = None, True
-            error.__traceback__ = None
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:
-            get_error_handler().record_exception(error)
-        else:
-            sys.excepthook(type(error), error, error.__traceback__)
-    if exit_code in (0, EXIT_STOPPED):
-        atexit._run_exitfuncs()  # wandb and trackio send the last of their data here
-    for loader_worker in multiprocessing.active_children():
-        loader_worker.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # sys.exit would wait for what a failed rank has still to do with others; and with torch 2.14.1
-    # the threads of gloo abort some interpreters as they close ("terminate called without an
-    # active exception"), after all has gone well.
-    os._exit(exit_code)
-
-
-def _wait_for_the_first_to_fail(error: Exception) -> None:
-    """Return after the rank that has more to say about this failure had time to say it."""
-    was_noted = StopSignal.was_noted
-    # From here on the launcher's signal ends this rank at once; there is no step to finish.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # A connection that breaks is the trace of another rank's end. gloo raises plain RuntimeErrors.
-    if isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "gloo" in str(error)
-    ):
-        if was_noted:
-            os._exit(1)  # the launcher is ending this rank: another one has failed
-        time.sleep(LOST_PEER_SECONDS)
-    elif int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        # A wrong flag is wrong on every rank.
-        time.sleep(SAME_FAILURE_SECONDS)
 
 
 # ---------------------------------------------------------------- model

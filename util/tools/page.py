@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from util.media_source import describe, local_path, resolve
-from util.video_reader import VideoReader
-from util.vision_util import read_image
+from util.media.image import read_image
+from util.media.source import describe, local_path, resolve
+from util.media.video_reader import VideoReader
 
 MAX_PICTURE_SIDE = 720  # pixels; larger pictures are shrunk
 MAX_CLIP_BYTES = 16 * 2**20  # larger clips are shown by one frame

@@ -1,6 +1,6 @@
 """The embedded tiny Qwen2-VL: the real classes at a few million parameters, with random weights.
 
-    python -m util.tiny_model DIR
+    python -m util.model.tiny DIR
 
 It runs the same code as the 2B model, on a CPU, in about a minute. It knows nothing: what it
 answers after training, it learned from the training data alone.
@@ -19,7 +19,7 @@ import transformers
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-REPO_DIR = Path(__file__).resolve().parent.parent
+REPO_DIR = Path(__file__).resolve().parents[2]
 TRAIN_DATA = REPO_DIR / "train_data" / "data.json"
 
 # In the order in which Qwen2-VL numbers them, after the vocabulary.
@@ -164,5 +164,5 @@ def _strings(value) -> list[str]:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m util.tiny_model DIR")
+        sys.exit("usage: python -m util.model.tiny DIR")
     build_tiny_model(sys.argv[1])

@@ -14,10 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from util.config import Config, UserError
-from util.memory_util import choose_autocast, cross_entropy_sum, prepare_for_training
-from util.model_util import InputBuilder, register_attention
-from util.optim_util import lean_block_size
-from util.plan_util import PlannedData
+from util.data.batch import PlannedData
+from util.model.attention import register_attention
+from util.model.inputs import InputBuilder
+from util.model.loss import cross_entropy_sum
+from util.model.parts import choose_autocast, prepare_for_training
+from util.optim import lean_block_size
 
 # Flags to try where memory is short, in this order: those that leave the mathematics alone first.
 SAVERS = (

@@ -1,11 +1,10 @@
-"""What is trained, and in how little memory: parts, LoRA, checkpointing, dtypes, chunked loss."""
+"""What is trained, and in how little memory: parts, LoRA, dtypes, checkpointing."""
 
 import hashlib
 import math
 import os
 import re
 from contextlib import nullcontext
-from copy import copy
 from functools import partial
 from pathlib import Path
 
@@ -17,20 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from util.config import Config
-from util.tiny_model import cached_tiny_model
-
-# Elements of the logits that the loss takes to fp32 at a time: 64 MiB.
-CHUNK_ELEMENTS = 2**24
-# The name of packed_sdpa in the vision tower; "flash" in it matters.
-WHOLE_ROWS = "packed_sdpa_like_flash"
-
-
-def part_of(name: str) -> str:
-    """Return which of --train's parts a parameter belongs to: llm, vision or merger."""
-    if not name.startswith("model.visual."):
-        return "llm"
-    # Qwen3-VL's deepstack_merger_list merges too.
-    return "merger" if "merger" in name else "vision"
+from util.model.attention import hand_over_whole_rows
+from util.model.families import part_of
+from util.model.tiny import cached_tiny_model
 
 
 def prepare_for_training(model, config: Config, device: torch.device | None = None) -> None:
@@ -52,19 +40,6 @@ def prepare_for_training(model, config: Config, device: torch.device | None = No
     for part, module in (("llm", model.model.language_model), ("vision", model.model.visual)):
         if config.gradient_checkpointing in (part, "all"):
             checkpoint_layers(module)
-
-
-def hand_over_whole_rows(visual) -> None:
-    """Let the vision tower hand packed_sdpa a whole row with its segment ends, as the LLM does.
-
-    transformers 5.23 does so where it reads "flash" in the name of the attention, and else hands
-    over one segment after the other: thousands of operations for a video.
-    """
-    config = copy(visual.config)  # else models made from this one would look for flash-attn
-    config._attn_implementation = WHOLE_ROWS
-    for module in visual.modules():
-        if hasattr(module, "is_causal"):
-            module.config = config
 
 
 def add_lora(model, config: Config) -> None:
@@ -169,49 +144,3 @@ class _PatchProjection(torch.nn.Conv3d):
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
-
-
-class _CrossEntropySum(torch.autograd.Function):
-    """F.cross_entropy(logits.float(), targets, reduction="sum"), in fp32 a chunk at a time.
-
-    The gradient is written over the logits, which nothing else needs by then.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, targets):
-        loss = torch.zeros((), dtype=torch.float32, device=logits.device)
-        log_normalizers = []
-        for chunk, chunk_targets in _chunks(logits, targets):
-            wanted = chunk.gather(1, chunk_targets[:, None])[:, 0].float()
-            # logsumexp by hand, in one copy: its own implementation makes a second one.
-            chunk = chunk.to(torch.float32, copy=True)
-            largest = chunk.amax(dim=1, keepdim=True)
-            log_normalizer = chunk.sub_(largest).exp_().sum(dim=1).log_() + largest[:, 0]
-            loss += (log_normalizer - wanted).sum()
-            log_normalizers.append(log_normalizer)
-        ctx.save_for_backward(logits, targets, torch.cat(log_normalizers))
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss):
-        logits, targets, log_normalizers = ctx.saved_tensors
-        for chunk, chunk_targets, log_normalizer in _chunks(logits, targets, log_normalizers):
-            gradient = chunk.float().sub_(log_normalizer[:, None]).exp_()
-            ones = torch.ones_like(gradient[:, :1])
-            gradient.scatter_add_(1, chunk_targets[:, None], -ones)
-            chunk.copy_(gradient.mul_(grad_loss))
-        return logits, None
-
-
-def _chunks(logits, *others):
-    rows = max(1, CHUNK_ELEMENTS // logits.shape[1])
-    return zip(*(tensor.split(rows) for tensor in (logits, *others)))
-
-
-def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the summed cross-entropy, fp32, of logits (1, K, vocab) and targets (K,).
-
-    No fp32 copy of all logits exists at any time. They are overwritten in the backward pass.
-    """
-    return _CrossEntropySum.apply(logits.flatten(0, 1), targets)

@@ -7,7 +7,7 @@ import torch._functorch.config
 from torch.distributed.tensor import DTensor
 
 from util.config import Config
-from util.memory_util import part_of
+from util.model.families import part_of
 
 
 def parameter_groups(model, config: Config) -> list[dict]:

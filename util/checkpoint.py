@@ -15,7 +15,6 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -28,20 +27,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from util.config import Config, UserError, on_main_process
+from util.config import Config, UserError
 from util.logutil import versions
+from util.run import EXIT_STOPPED, StopSignal, on_main_process
 
 logger = logging.getLogger("finetune")
 
-# Of a run that a signal has stopped after a save: EX_TEMPFAIL of sysexits.h, "try again later".
-EXIT_STOPPED = 75
-SAME_SIGNAL_SECONDS = 5
 EXPORT_AGAIN_SECONDS = 60
 # Bytes of a file of shards: so much of what is on a GPU is in main memory while it is written.
 SHARD_FILE_BYTES = 2**30
@@ -70,43 +63,6 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 STATE_FILE = Path("resume") / "state.json"
 # Cut back on resume, so that every step is in them once.
 REWOUND_FILES = ("metrics.jsonl", "train.log")
-
-
-class StopSignal:
-    """Notes SIGTERM and SIGINT, so that the loop can finish its step and save.
-
-    `noted` changes at any time, and on one rank before others; once in a step the loop makes it
-    `name`, by which it acts. A second signal ends the process at once.
-    """
-
-    was_noted = False  # of this process
-
-    def __init__(self):
-        self.name = self.noted = None
-        # To ranks, queues send one signal, and then their launcher sends it once more.
-        self._once_more_until = SAME_SIGNAL_SECONDS if dist.is_initialized() else 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number, frame):
-        if self.noted is None:
-            self.noted, StopSignal.was_noted = signal.Signals(number).name, True
-            self._once_more_until += time.monotonic()
-            logger.warning(f"{self.noted}: saving after this step; a second signal ends at once")
-        elif time.monotonic() > self._once_more_until:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    def end_process(self, global_step: int, is_saved: bool, output_dir: str) -> None:
-        """Say how to go on after `name` has stopped the run, and exit: only if saved with 75."""
-        if not is_saved:
-            logger.warning(f"{self.name}: stopped after step {global_step}, which is NOT saved")
-            sys.exit(1)
-        logger.warning(
-            f"{self.name}: stopped after step {global_step}; go on with the same command and\n"
-            f"  --output_dir {output_dir} --resume_from latest"
-        )
-        sys.exit(EXIT_STOPPED)
 
 
 # ---------------------------------------------------------------- save

@@ -1,6 +1,6 @@
 """Make a full model of a LoRA adapter and its base model.
 
-    python -m util.merge_adapter train_output/20260101_120000 MERGED
+    python -m util.tools.merge_adapter train_output/20260101_120000 MERGED
 
 The base is the one that the adapter names; the result has the dtype of its files.
 """
@@ -13,8 +13,9 @@ import torch
 import transformers
 from peft import PeftModel
 
-from util.config import UserError, run_main
-from util.model_util import ADAPTER_FILE, base_folder, export_model
+from util.config import UserError
+from util.model.load import ADAPTER_FILE, base_folder, export_model
+from util.run import run_main
 
 
 def merge_adapter(adapter: str, output_dir: str) -> None:
@@ -32,7 +33,7 @@ def merge_adapter(adapter: str, output_dir: str) -> None:
 
 def main() -> None:
     if len(sys.argv) != 3:
-        raise UserError("usage: python -m util.merge_adapter ADAPTER OUTPUT")
+        raise UserError("usage: python -m util.tools.merge_adapter ADAPTER OUTPUT")
     # peft 0.21.2 asks transformers 5.23.0 by an old name; gone when PEFT uses the new one.
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated", FutureWarning)
     merge_adapter(*sys.argv[1:])

@@ -1,140 +1,31 @@
-"""Device, processor, model and attention: what the loop trains, and how it is called."""
+"""Models on the hub and in folders: found, loaded, and written."""
 
 import json
-import logging
-import os
 import re
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from copy import deepcopy
 from http.client import HTTPException
-from itertools import groupby, pairwise
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import transformers
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers.utils import is_flash_attn_2_available
 
 from util.config import Config, UserError
-from util.memory_util import WHOLE_ROWS, init_lora, prepare_for_training
-from util.plan_util import MicroBatch
-from util.sample_util import SampleEncoder
-from util.tiny_model import cached_tiny_model
+from util.data.sample import SampleEncoder
+from util.model.attention import register_attention
+from util.model.families import FAMILIES
+from util.model.parts import init_lora, prepare_for_training
+from util.model.tiny import cached_tiny_model
 from util.vision_util import MAX_VIDEO_TOKENS, PixelPolicy
 
-logger = logging.getLogger("finetune")
-
 ADAPTER_FILE = "adapter_config.json"
-# Model types that this repo trains; tests/test_families.py holds what differs between them.
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-# The longest segment, by the name under which flash attention gets where segments end.
-LONGEST = {
-    "cu_seq_lens_q": "max_length_q",
-    "cu_seq_lens_k": "max_length_k",
-    "image_cu_seqlens": "image_max_seqlen",
-    "image_cu_window_seqlens": "image_max_window_seqlen",
-}
-
-
-def choose_device(name: str | None) -> torch.device:
-    """Return the device to train on: `name`, else cuda, else cpu.
-
-    Raises UserError where an NVIDIA device is there but torch cannot use it: a silent run on the
-    CPU would be a toy run.
-    """
-    if name:
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-            raise UserError(f"--device {name}: must be cuda, cuda:1 (or another number), or cpu")
-        device = torch.device(name)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"--device {name}: {_why_no_cuda()}")
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"--device {name}: torch finds {torch.cuda.device_count()} GPUs")
-        return device
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if Path("/dev/nvidia0").exists() and not hidden:
-        raise UserError(f"this machine has an NVIDIA device, but {_why_no_cuda()}")
-    return torch.device("cpu")
-
-
-def _why_no_cuda() -> str:
-    if torch.version.cuda is None:
-        return (
-            f"torch {torch.__version__} was built without CUDA: install the CUDA build "
-            "(pip install -r requirements.txt), or use --device cpu"
-        )
-    return (
-        f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no usable device: check "
-        "that nvidia-smi works, that the driver is new enough for this CUDA, and that "
-        f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')!r} names a device of "
-        "this machine; or use --device cpu"
-    )
-
-
-def choose_attention(device: torch.device, precision: str) -> str:
-    """Return flash_attention_2 where it is installed and can run, else packed_sdpa."""
-    if device.type != "cuda" or precision == "fp32" or not is_flash_attn_2_available():
-        return "packed_sdpa"
-    # flash-attn 2 needs Ampere or newer.
-    return (
-        "flash_attention_2" if torch.cuda.get_device_capability(device)[0] >= 8 else "packed_sdpa"
-    )
-
-
-def segment_lengths(cu_seqlens: torch.Tensor) -> list[int]:
-    """Return the lengths of segments whose ends `cu_seqlens` holds, on the CPU, with a 0 before."""
-    return [end - begin for begin, end in pairwise(cu_seqlens.tolist())]
-
-
-def packed_sdpa(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    *,
-    cu_seq_lens_q,
-    scaling=None,
-    is_causal=None,
-    **kwargs,
-):
-    """Attend within each segment of a packed row, by one SDPA call for neighbours of one length.
-
-    query (1, heads, T, head_dim), key and value (1, kv_heads, T, head_dim); `cu_seq_lens_q` on
-    the CPU says where segments begin and end. Returns (1, T, heads, head_dim). Stock sdpa would
-    build a T x T mask for the same result.
-    """
-    # Such as the frames of a video, all of one length.
-    runs = [(length, len(list(run))) for length, run in groupby(segment_lengths(cu_seq_lens_q))]
-    num_rows = [length * count for length, count in runs]
-    is_causal = module.is_causal if is_causal is None else is_causal
-    # Under autocast the rotary embedding leaves queries and keys in fp32, values in bf16.
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    is_grouped = query.shape[1] != key.shape[1]
-    if is_grouped and query.is_cuda and query.dtype == torch.float32:
-        # No fused kernel takes fp32 with fewer heads of keys (pytorch/pytorch#181528).
-        repeats = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-        is_grouped = False
-    outputs = []
-    rows = zip(*(x[0].split(num_rows, dim=1) for x in (query, key, value)))
-    for (length, count), qkv in zip(runs, rows):
-        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)
-        output = F.scaled_dot_product_attention(
-            q, k, v, is_causal=is_causal, scale=scaling, enable_gqa=is_grouped
-        )
-        outputs.append(output.transpose(1, 2).flatten(0, 1))
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return output[None], None
 
 
 def is_model_folder(folder: str | Path) -> bool:
@@ -187,7 +78,7 @@ def find_model_to_train(name: str, with_weights: bool = True) -> str:
     if (Path(folder) / ADAPTER_FILE).is_file():
         raise UserError(
             f"{name}: is a LoRA adapter; to train on, merge it first: "
-            f"python -m util.merge_adapter {name} MERGED"
+            f"python -m util.tools.merge_adapter {name} MERGED"
         )
     return folder
 
@@ -317,76 +208,6 @@ def _from_pretrained(folder: str, attention: str, dtype, **options):
         return transformers.AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention, **options
         )
-
-
-def register_attention(attention: str) -> None:
-    """Make packed_sdpa known to transformers, where it is `attention`."""
-    if attention == "packed_sdpa":
-        for name in ("packed_sdpa", WHOLE_ROWS):
-            transformers.AttentionInterface.register(name, packed_sdpa)
-
-
-def stay_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor on the CPU as one whose `to` leaves it there.
-
-    fully_shard moves all arguments of a module to the GPU (torch 2.14,
-    distributed/fsdp/_fully_shard/_fsdp_state.py), from where every layer would fetch lengths back.
-    """
-    tensor = tensor.detach()  # another object on the same memory
-    tensor.to = lambda *args, **kwargs: tensor
-    return tensor
-
-
-class InputBuilder:
-    """Turns a MicroBatch into keyword arguments of the model's forward pass, on the device."""
-
-    def __init__(self, processor, attention: str, device: torch.device):
-        self.device = device
-        self.is_flash = "flash" in attention
-        # Patches travel as uint8; one patch is laid out as (channel, frame, row, column).
-        image_processor = processor.image_processor
-        repeats = image_processor.temporal_patch_size * image_processor.patch_size**2
-        self.mean, self.std = (
-            (torch.tensor(values, device=device) * 255).repeat_interleave(repeats)
-            for values in (image_processor.image_mean, image_processor.image_std)
-        )
-
-    def __call__(self, micro_batch: MicroBatch) -> dict:
-        """Return the arguments. Nothing here waits for the device.
-
-        The forward pass does in few places: where transformers 5.23 checks the number of image
-        tokens, and, of Qwen3-VL, where it adds features to them in the first decoder layers.
-        """
-        patches = self._to_device(micro_batch.patches)
-        inputs = {
-            "input_ids": self._to_device(micro_batch.input_ids),
-            "position_ids": self._to_device(micro_batch.position_ids),
-            "pixel_values": self.normalize(patches),
-            "image_grid_thw": stay_on_cpu(micro_batch.image_grid_thw),
-            # Isolation comes from the segment ends below; a mask would be T x T.
-            "attention_mask": None,
-            "logits_to_keep": self._to_device(micro_batch.supervised_positions),
-            "use_cache": False,
-        }
-        ends = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), micro_batch.cu_seqlens)
-        for name, tensor in micro_batch.vision_inputs.items():
-            if name in ("cu_seqlens", "cu_window_seqlens"):
-                ends[f"image_{name}"] = tensor
-            else:
-                inputs[f"image_{name}"] = self._to_device(tensor)
-        inputs |= {LONGEST[name]: max(segment_lengths(tensor)) for name, tensor in ends.items()}
-        if self.is_flash:
-            ends = {name: self._to_device(tensor) for name, tensor in ends.items()}
-        else:  # packed_sdpa reads them on the CPU
-            ends = {name: stay_on_cpu(tensor) for name, tensor in ends.items()}
-        return inputs | ends
-
-    def normalize(self, patches: torch.Tensor) -> torch.Tensor:
-        """Return uint8 patches (num_patches, patch_dim) on the device as the model wants them."""
-        return patches.float().sub_(self.mean).div_(self.std)  # in place: they can be GiB
-
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.device, non_blocking=True)
 
 
 def is_exported(model, name: str) -> bool:

@@ -15,24 +15,25 @@ import torch.distributed as dist
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 
-from util.config import Config, UserError, on_main_process
-from util.data_util import Records, media_of, parse_conversation, text_of
-from util.media_source import describe as describe_media
-from util.media_source import map_paths
-from util.model_util import (
-    InputBuilder,
+from util.config import Config, UserError
+from util.data.batch import PlannedData, explain_bad_sample
+from util.data.conversation import media_of, parse_conversation, text_of
+from util.data.files import Records
+from util.data.sample import Sample, SampleEncoder
+from util.media.source import describe as describe_media
+from util.media.source import map_paths
+from util.model.attention import choose_attention
+from util.model.inputs import InputBuilder
+from util.model.load import (
     build_encoder,
-    choose_attention,
-    choose_device,
     find_model,
     is_model_folder,
     load_model_to_answer,
     load_processor,
 )
-from util.page_util import make_visible
-from util.plan_util import PlannedData, explain_bad_sample
-from util.sample_util import Sample, SampleEncoder
-from util.score_util import load_metric, score_all
+from util.run import choose_device, on_main_process
+from util.tools.page import make_visible
+from util.tools.scores import load_metric, score_all
 
 logger = logging.getLogger("finetune")
 

@@ -7,8 +7,10 @@ import torch
 import transformers
 
 from util.config import Config
-from util.memory_util import part_of
-from util.plan_util import Index, PlannedData, Step
+from util.data.batch import PlannedData
+from util.data.index import Index
+from util.data.plan import Step
+from util.model.families import part_of
 
 # Text and vision shapes of the published models, of the config.json files at
 # https://huggingface.co/Qwen; what is left out is as transformers' Qwen2VLConfig has it.

@@ -1,0 +1,244 @@
+"""Micro-batches: several samples in one row, without padding, and the loader that makes them."""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
+
+from util.config import UserError
+from util.data.files import Records
+from util.data.index import CACHE_DIR, Index, build_index, check_lengths, raise_problems
+from util.data.plan import Plan, Step
+from util.data.sample import IGNORE, Sample, SampleEncoder
+from util.data.workers import worker_settings
+from util.run import on_main_process
+
+# ---------------------------------------------------------------- micro-batches
+
+
+@dataclass
+class MicroBatch:
+    """Several samples and the dummy segment in one row of T tokens, without padding.
+
+    input_ids (1, T) int64, videos under the image placeholder; position_ids (3, 1, T) int64,
+    M-RoPE; patches (num_patches, patch_dim) uint8; vision_inputs: see there; supervised_positions
+    (K,) int64: where logits are needed; targets (K,) int64: the tokens that follow there;
+    cu_seqlens int32: where segments begin and end. image_grid_thw (num_media, 3) int64 stays on
+    the CPU, as the model reads it there. problems: messages of samples left out.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    patches: torch.Tensor
+    image_grid_thw: torch.Tensor
+    vision_inputs: dict[str, torch.Tensor]
+    supervised_positions: torch.Tensor
+    targets: torch.Tensor
+    cu_seqlens: torch.Tensor
+    problems: list[str] = field(default_factory=list)
+
+    def pin_memory(self) -> "MicroBatch":
+        """Return a copy in page-locked memory; the DataLoader calls it."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.type is torch.Tensor}
+        pinned = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        vision_inputs = {name: tensor.pin_memory() for name, tensor in self.vision_inputs.items()}
+        return replace(self, vision_inputs=vision_inputs, **pinned)
+
+
+def pack(samples: list[Sample], encoder: SampleEncoder) -> MicroBatch:
+    """Put samples one after the other into one micro-batch, the dummy segment last."""
+    samples = [*samples, encoder.dummy()]
+    lengths = [len(sample.input_ids) for sample in samples]
+    input_ids = torch.cat([sample.input_ids for sample in samples])
+    # Their positions are known now, so clips can pass as pictures of several frames: the vision
+    # tower is called once, for everything, in order of appearance.
+    input_ids[input_ids == encoder.video_token_id] = encoder.image_token_id
+    labels = torch.cat([sample.labels for sample in samples])
+    supervised_positions = torch.nonzero(labels[1:] != IGNORE)[:, 0]
+    image_grid_thw = torch.tensor([grid for sample in samples for grid in sample.grids])
+    return MicroBatch(
+        input_ids=input_ids[None],
+        position_ids=torch.cat([sample.position_ids for sample in samples], dim=1)[:, None],
+        patches=torch.cat([sample.patches for sample in samples]),
+        image_grid_thw=image_grid_thw,
+        vision_inputs=vision_inputs(image_grid_thw, encoder.vision_tower),
+        supervised_positions=supervised_positions,
+        targets=labels[supervised_positions + 1],
+        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+    )
+
+
+def vision_inputs(grids: torch.Tensor, vision_tower) -> dict[str, torch.Tensor]:
+    """Return what a vision tower computes of patch grids (num_media, 3), by its names for it.
+
+    position_ids (num_patches, 2) int64; cu_seqlens int32: where frames begin and end. Qwen2.5-VL:
+    window_index (num_tokens,) int64, an order of windows, cu_window_seqlens int32. Qwen3-VL:
+    interp_indices int64 and interp_weights (num_patches, 4), into its table of positions.
+    """
+    merge_size = vision_tower.spatial_merge_size
+    inputs = {
+        "position_ids": get_vision_position_ids(grids, merge_size),
+        "cu_seqlens": get_vision_cu_seqlens(grids),
+    }
+    if hasattr(vision_tower, "window_size"):
+        inputs["window_index"], inputs["cu_window_seqlens"] = get_vision_window_index(
+            grids, merge_size, vision_tower.window_size, vision_tower.patch_size
+        )
+    if hasattr(vision_tower, "num_grid_per_side"):
+        inputs["interp_indices"], inputs["interp_weights"] = (
+            get_vision_interpolation_indices_and_weights(
+                grids,
+                vision_tower.num_grid_per_side,
+                vision_tower.interpolation_mode,
+                vision_tower.interpolation_align_corners,
+                merge_size,
+            )
+        )
+    return inputs
+
+
+# ---------------------------------------------------------------- the loader
+
+
+class StaleIndex(str):
+    """Says which sample is not what it was when it was indexed: no plan can hold with it."""
+
+
+class SampleDataset(Dataset):
+    """Sample number -> Sample, or the error message where it cannot be had."""
+
+    def __init__(self, records: Records, index: Index, encoder: SampleEncoder):
+        self.records, self.index, self.encoder = records, index, encoder
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> Sample | str:
+        try:
+            sample = self.encoder.encode(self.records[i], self.records.folder(i))
+        except ValueError as error:
+            return f"{self.records.where(i)}: {error}"
+        if len(sample.input_ids) != self.index.num_tokens[i]:
+            return StaleIndex(
+                f"{self.records.where(i)}: has {len(sample.input_ids)} tokens now, but "
+                f"{self.index.num_tokens[i]} when it was indexed: its media have changed. Delete "
+                f"{CACHE_DIR}/index-*.npy and start again"
+            )
+        return sample
+
+    def collate(self, samples: list[Sample | str]) -> MicroBatch:
+        """Pack the samples that could be read; the messages of the others go along."""
+        micro_batch = pack([s for s in samples if not isinstance(s, str)], self.encoder)
+        micro_batch.problems = [s for s in samples if isinstance(s, str)]
+        return micro_batch
+
+
+@dataclass
+class PlannedData:
+    """Data files, measured and laid out: what a loop needs to know of them."""
+
+    samples: SampleDataset
+    index: Index
+    plan: Plan
+    digest: str  # of the content of the files, and which samples of them are used
+    problems: list[str]  # why samples are left out of the plan
+
+
+def prepare_data(names: list[str], encoder: SampleEncoder, config, world_size: int) -> PlannedData:
+    """Index and plan the data files `names`.
+
+    One rank measures for all: others could find other samples bad, and have other plans.
+
+    Raises UserError with what is wrong with them; with --on_bad_sample skip, only where nothing
+    is left.
+    """
+    records = Records(names)
+    index, problems = on_main_process(build_index, records, encoder)
+    problems += check_lengths(records, index, config.max_tokens, encoder)
+    if config.on_bad_sample == "stop":
+        raise_problems(problems)
+    capacity = config.max_tokens - encoder.num_dummy_tokens
+    plan = Plan(index, config.batch_size, capacity, config.seed, world_size, records.groups())
+    if plan.num_samples_per_epoch == 0:
+        raise_problems(["no sample is left to train on", *problems])
+    samples = SampleDataset(records, index, encoder)
+    digest = hashlib.sha256(records.digest().encode())
+    for numbers, _ in plan.groups:  # which samples are used, and how long they are
+        digest.update(np.ascontiguousarray([numbers, index.num_tokens[numbers]]).tobytes())
+    return PlannedData(samples, index, plan, digest.hexdigest(), problems)
+
+
+def load_micro_batches(
+    data: PlannedData, first_step: int, last_step: int, config, device: torch.device, rank: int
+) -> Iterator[MicroBatch]:
+    """Yield the micro-batches of steps `first_step` up to, without, `last_step`, for one rank.
+
+    Worker processes read ahead. Samples that cannot be read are left out, their messages in
+    `problems`.
+    """
+    steps = data.plan.steps(first_step, last_step)
+    yield from DataLoader(
+        data.samples,
+        batch_sampler=(samples for step in steps for samples in step.micro_batches[rank]),
+        collate_fn=data.samples.collate,
+        pin_memory=device.type == "cuda",
+        **worker_settings(config.num_workers),
+    )
+
+
+def first_fatal(problems: list[str], config) -> str | None:
+    """Return the first problem with which a run may not go on, or None."""
+    is_stop = config.on_bad_sample == "stop"
+    return next((p for p in problems if is_stop or isinstance(p, StaleIndex)), None)
+
+
+def explain_stop(step: Step, loss: float, grad_norm: float, bad_sample: str | None) -> UserError:
+    """Return why a run stops in a step: a sample that cannot be read, or numbers not finite."""
+    if bad_sample:
+        return explain_bad_sample(bad_sample)
+    return UserError(
+        f"step {step.global_step + 1}: loss {loss}, gradient norm {grad_norm}: stopped before the "
+        f"weights change. Samples of this step: {step.samples}. Look at them (check_data.py "
+        "--show N), lower --learning_rate, or try --precision fp32"
+    )
+
+
+def explain_bad_sample(problem: str) -> UserError:
+    """Return what to do about a sample that only decoding has shown to be bad."""
+    if isinstance(problem, StaleIndex):
+        return UserError(problem)
+    return UserError(
+        f"{problem}. Put it right, at the same size, or use --on_bad_sample skip; if steps are "
+        "saved, with --resume_from latest. check_data.py --decode finds all such samples"
+    )
+
+
+class Stopwatch:
+    """An iterator that adds up how long it was waited for."""
+
+    def __init__(self, iterator: Iterator):
+        self._iterator, self._seconds = iterator, 0.0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        started = time.perf_counter()
+        item = next(self._iterator)
+        self._seconds += time.perf_counter() - started
+        return item
+
+    def take_seconds(self) -> float:
+        """Return the seconds since the last call of this."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds

@@ -1,0 +1,80 @@
+"""Processes that read data."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from util.data.files import Records
+from util.data.sample import SampleEncoder
+
+# Below so many samples, starting processes takes longer than measuring.
+MIN_SAMPLES_FOR_PROCESSES = 256
+
+
+def run_all(function, title: str, numbers: np.ndarray, records: Records, encoder) -> Iterator:
+    """Yield (sample number, result of `function`) in order, with a progress bar."""
+    numbers = numbers.tolist()
+    num_workers = 0 if len(numbers) < MIN_SAMPLES_FOR_PROCESSES else num_cores()
+    loader = DataLoader(
+        _Task(function, records, encoder),
+        sampler=numbers,
+        batch_size=16,
+        collate_fn=list,
+        **worker_settings(num_workers) | {"worker_init_fn": _start_measuring},
+    )
+    # Closed as this function ends, however it does, which ends the processes.
+    with contextlib.closing(result for results in loader for result in results) as results:
+        bar = tqdm(
+            results, title, len(numbers), leave=num_workers > 0, disable=None, unit=" samples"
+        )
+        yield from zip(numbers, bar)
+
+
+def _start_measuring(worker_id: int) -> None:
+    start_worker(worker_id)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing has to be finished
+
+
+@dataclass
+class _Task(Dataset):
+    """Sample number -> what `function` says of it."""
+
+    function: Callable
+    records: Records
+    encoder: SampleEncoder
+
+    def __getitem__(self, i: int):
+        return self.function(self.encoder, self.records, i)
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use, where the system tells; else all there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def worker_settings(num_workers: int) -> dict:
+    """Return what DataLoaders of this repo have in common."""
+    return {
+        "num_workers": num_workers,
+        "worker_init_fn": start_worker,
+        # A mapped file goes to no process that is started in another way.
+        "multiprocessing_context": "fork" if num_workers else None,
+        # Its own, so that reading data never moves the random state of the training.
+        "generator": torch.Generator(),
+    }
+
+
+def start_worker(worker_id: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # These reach every process of a terminal or a job; the main one decides what they mean.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,62 @@
+"""Pictures: their size as they are shown, and their pixels, upright, over white."""
+
+from contextlib import nullcontext
+from io import BytesIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Where a PNG can say how it is turned: its own chunk, as ImageMagick writes it, as Adobe does.
+PNG_EXIF_KEYS = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
+
+
+def open_image(source: str | BytesIO | Image.Image):
+    """Return a picture as a context manager that closes what it opened; its header is read."""
+    if isinstance(source, Image.Image):
+        return nullcontext(source)
+    try:
+        image = Image.open(source)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"the picture is too large to open safely: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ValueError("it is no picture of a known format") from error
+    if image.mode == "F":
+        raise ValueError("pixels in floating point have no fixed range: store them as 8 bits")
+    return image
+
+
+def image_size(source: str | BytesIO | Image.Image) -> tuple[int, int]:
+    """Return the (height, width) of a picture as it is shown, from its header."""
+    with open_image(source) as image:
+        width, height = image.size
+        # Orientations 5 to 8 of the EXIF standard turn the picture by a quarter.
+        return (width, height) if _orientation(image) >= 5 else (height, width)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an opened picture, 1 to 8, from its header."""
+    if image.format == "PNG" and not image.info.keys() & PNG_EXIF_KEYS:
+        return 1  # getexif() would decode the whole picture to look behind it
+    if image.format == "TIFF":
+        return 1  # Pillow itself turns these
+    orientation = image.getexif().get(0x0112, 1)
+    return orientation if orientation in range(1, 9) else 1
+
+
+def read_image(source: str | BytesIO | Image.Image) -> torch.Tensor:
+    """Decode a picture to (3, height, width) uint8 RGB, upright, alpha over white."""
+    with open_image(source) as image:
+        if _orientation(image) != 1:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits: convert("RGB") would clip instead of scaling
+            pixels = np.asarray(image)
+            # Pillow opens 16-bit PGM as mode I too; of 32 bits, nobody knows what is white.
+            if image.mode == "I" and not (pixels.min() >= 0 and 256 <= pixels.max() < 65536):
+                raise ValueError("pixels of 32 bits have no fixed range: store them as 8 bits")
+            image = Image.fromarray((pixels >> 8).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
