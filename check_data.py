@@ -23,11 +23,8 @@ from util.data.index import Index, build_index, check_lengths, decode_all
 from util.data.sample import IGNORE, Sample, SampleEncoder
 from util.model.load import build_encoder, find_model, find_model_to_train, load_processor
 from util.run import choose_device, run_main
-from util.tools.flops import PEAK_FLOPS, PUBLISHED_SHAPES, FlopCounter, published_config
+from util.tools.flops import PUBLISHED_SHAPES, FlopCounter, published_config
 from util.tools.planner import fitting_flags, plan_memory
-
-# Of the peak operations of a GPU, what a run is assumed to reach when its hours are told.
-ASSUMED_MFU = 0.4
 
 
 def show_sample(encoder: SampleEncoder, records: Records, i: int) -> Sample:
@@ -135,7 +132,7 @@ def load_for_plan(config: Config):
 def print_plan(config: Config, limit_gib: float) -> None:
     """Print what a step needs on the GPU, and how much the run has to compute."""
     processor, encoder, model_config = load_for_plan(config)
-    data = prepare_data(config.train_data, encoder, config, world_size=1)
+    data = prepare_data(config.train_data, encoder, config)
     shard_size = config.shard_size or 1
     needed = plan_memory(model_config, processor, config, data, shard_size)
     print(f"{' '.join(config.train_data)}: {data.index.summary()}")
@@ -162,23 +159,15 @@ def print_plan(config: Config, limit_gib: float) -> None:
 
 
 def print_compute(model_config, config: Config, data: PlannedData) -> None:
-    """Print steps, operations and hours of the run."""
+    """Print epochs, steps and operations of the run; what is recomputed does not count."""
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(model_config)
     samples = np.flatnonzero(data.index.num_tokens > 0)
-    num_steps = data.plan.num_steps_per_epoch * config.num_epochs
-    num_steps = min(num_steps, config.max_steps or num_steps)
+    num_steps = data.plan.num_steps(config.num_epochs, config.max_steps)
     num_epochs = num_steps / data.plan.num_steps_per_epoch
     rounds = num_epochs * data.plan.num_samples_per_epoch / len(samples)
-    flops = FlopCounter(model, data.index, config)(samples) * rounds
-    hours = ", ".join(
-        f"{flops / (ASSUMED_MFU * PEAK_FLOPS[name]) / 3600:.2g} h on one {name}"
-        for name in ("RTX 4090", "A100", "H100")
-    )
-    print(
-        f"compute: {num_epochs:g} epochs, {num_steps:,} steps, {flops / 1e15:,.3g} PFLOP "
-        f"without recomputation; at {ASSUMED_MFU:.0%} MFU, an assumption, {hours}"
-    )
+    pflop = FlopCounter(model, data.index, config)(samples) * rounds / 1e15
+    print(f"compute: {num_epochs:g} epochs, {num_steps:,} steps, {pflop:,.3g} PFLOP")
 
 
 def add_flags(parser) -> None:

@@ -2,171 +2,139 @@
 
     python finetune.py --train_data train_data/data.json --batch_size 4
 
-The whole training loop is in train(). What it stands on: util/data/plan.py lays out the run as
-packed micro-batches, util/model/load.py loads the model. docs/loop.md explains it line by line.
+The whole training loop is in train(), and these are its words:
+
+index         What is known of every sample before the first step: tokens, supervised tokens, media.
+plan          The whole run laid out, a pure function of the index and the flags. Resuming needs
+              nothing but a step number.
+step          One optimizer step on --batch_size samples, over all GPUs.
+micro-batch   What goes through the model at once: some samples of a step in one row, one after the
+              other, without padding. --max_tokens is its longest, and sets memory, not mathematics:
+              a step has as many of them as it takes.
+dummy segment The smallest black picture, at the end of every micro-batch. It trains nothing, but
+              lets every parameter take part in every forward pass, also where all samples are text.
+
+finetune_distributed.py is this file with lines that end in "dist" behind a hash, in place of those
+that end in "single" here.
 """
 
 import logging
 import math
 import time
-from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from util.checkpoint import (
-    check_same_run,
-    export_at_last,
-    find_checkpoint,
+    begin_or_resume,
+    finish_run,
     load_checkpoint,
-    make_output_dir,
-    missed_evaluation,
-    rewind_files,
+    open_run,
     save_checkpoint,
 )
-from util.config import (
-    TINY_NOTICE,
-    Config,
-    UserError,
-    fill_defaults,
-    parse_config,
-)
-from util.data.batch import (
-    PlannedData,
-    Stopwatch,
-    explain_bad_sample,
-    explain_stop,
-    first_fatal,
-    load_micro_batches,
-    prepare_data,
-)
-from util.logutil import (
-    MetricsFile,  # single
-    check_report_to,
-    describe_evaluation,
-    log_left_out,
-    log_setup,
-    open_reporter,  # single
-    peak_memory_gib,
-    plot_loss,
-    setup_logging,
-)
-from util.model.attention import (
-    choose_attention,
-)
-from util.model.inputs import (
-    InputBuilder,
-)
+from util.config import UserError, parse_config
+from util.data.batch import load_micro_batches, prepare_data, refuse_bad_samples, refuse_bad_step
+from util.logutil import RunLog
+from util.model.inputs import InputBuilder
 from util.model.load import (
-    build_encoder,
-    export_model,  # single
-    find_model_to_train,
+    load_encoder,
     load_model,  # single
-    load_processor,
 )
-from util.model.loss import (
-    cross_entropy_sum,
-)
-from util.model.parts import (
-    choose_autocast,
-)
-from util.optim import (
-    build_optimizer,
-    learning_rate_at,
-    set_learning_rate,
-)
+from util.model.loss import cross_entropy_sum
+from util.optim import build_optimizer, set_learning_rate
 from util.run import (
     StopSignal,
-    choose_device,
+    choose_device,  # single
     run_main,  # single
 )
-from util.tools.flops import (
-    Throughput,
-)
-from util.tools.generate import (
-    score_answers,
-)
-from util.tools.planner import (
-    check_fits,
-)
-from util.tools.scores import (
-    load_metric,
-)
+from util.tools.flops import Throughput
+from util.tools.generate import score_answers
+from util.tools.planner import check_fits
+from util.tools.scores import load_metric
 
 logger = logging.getLogger("finetune")
 
 
-def train(
-    config: Config,
-    model,
-    processor,
-    data: PlannedData,
-    eval_data: PlannedData | None,
-    num_steps: int,
-    device: torch.device,
-    checkpoint: Path | None = None,
-) -> None:
-    """Train `model` in place for `num_steps` optimizer steps, from `checkpoint` or the start."""
-    output_dir = Path(config.output_dir)  # single
-    metrics_path, rank = output_dir / "metrics.jsonl", 0  # single
-    metrics_file = MetricsFile(metrics_path, open_reporter(config, output_dir))  # single
+def train(config, model, processor, data, eval_data, num_steps, device, checkpoint=None) -> None:
+    """Train `model` in place for `num_steps` optimizer steps, from `checkpoint` or the start.
+
+    config: the flags (util/config.py). data, eval_data: PlannedData (util/data/batch.py), the
+    second may be None. checkpoint: a folder checkpoint-<step>. Raises UserError where the run
+    cannot go on; what was done is saved then.
+    """
     build_inputs = InputBuilder(processor, model.config._attn_implementation, device)
-    export = partial(export_model, model, processor)  # single
+    # Weights stay fp32; autocast takes matrix products in bf16. Its cache would keep a bf16 copy of
+    # all weights through the forward pass, and here each is used once.
+    autocast = torch.autocast(
+        device.type, torch.bfloat16, enabled=config.precision == "bf16", cache_enabled=False
+    )
     model.train()
     optimizer = build_optimizer(model, config)
-    first_step = load_checkpoint(checkpoint, model, optimizer) if checkpoint else 0
+    first_step, eval_loss = 0, None
+    if checkpoint:
+        first_step, eval_loss = load_checkpoint(checkpoint, model, optimizer)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    autocast = choose_autocast(device, config.precision)
-    micro_batches = Stopwatch(load_micro_batches(data, first_step, num_steps, config, device, rank))
+    # Worker processes decode, tokenize and pack ahead of the loop, in the order of the plan.
+    micro_batches = load_micro_batches(data, first_step, num_steps, config, device)
     throughput = Throughput(model, data, config, device)
-    progress = tqdm(total=num_steps, initial=first_step, unit="step", disable=None)  # single
-    stop, eval_loss, num_bad_steps = StopSignal(), None, 0
-    if data.problems and first_step == 0:
-        metrics_file.append({"global_step": 0, "num_bad_samples": len(data.problems)})
-    if eval_data and (not checkpoint or missed_evaluation(checkpoint, config, num_steps)):
+    log = RunLog(config, model, data, eval_data, first_step, num_steps, device)
+    stop, num_bad_steps = StopSignal(), 0
+
+    # Also before the first step, to know where it began; and after a resume, where a signal had
+    # left no time for an evaluation that was due.
+    is_due = first_step % config.eval_steps == 0 or first_step == num_steps
+    if eval_data and eval_loss is None and is_due:
         scores = evaluate(config, model, build_inputs, eval_data, autocast, device)
-        metrics_file.append({"global_step": first_step, **scores})
-        logger.info(f"step {first_step:>7,}/{num_steps:,}   {describe_evaluation(scores)}")
+        log.evaluation(first_step, scores)
 
     for step in data.plan.steps(first_step, num_steps):
         started, global_step = time.perf_counter(), step.global_step + 1
-        lr = learning_rate_at(
-            step.global_step, num_steps, config.learning_rate, config.warmup_ratio
-        )
-        set_learning_rate(optimizer, lr)
+        # A function of the step number: there is no scheduler whose state could be lost.
+        lr = set_learning_rate(optimizer, step.global_step, num_steps, config)
 
-        # The step's loss is one mean over all its supervised tokens, however the samples are
-        # packed: every micro-batch adds its sum, divided by the count of the whole step.
+        # The loss is added up on the device: to read it would be to wait for the device.
         loss, problems = torch.zeros((), device=device), []
         num_micro_batches = len(step.micro_batches[0])
         for micro_batch in islice(micro_batches, num_micro_batches):  # single
+            # The arguments say where samples begin and end, so that no token attends to another
+            # sample, and where logits are needed: (1, K, vocabulary) for K supervised tokens. For
+            # all tokens, they would be most of the memory.
             with autocast:
                 logits = model(**build_inputs(micro_batch)).logits
             targets = micro_batch.targets.to(device, non_blocking=True)
+            # A further term on the logits is added to this sum, on the next line (and on the same
+            # line of util/tools/planner.py, so that its memory is planned).
             loss_sum = cross_entropy_sum(logits, targets)
-            del logits  # or those of the next forward pass would be held beside them
+            # Backward writes the gradient over them, where nobody else holds them.
+            del logits
+            # One mean over the supervised tokens of the whole step, not a mean of means: so the
+            # gradient is the same however the samples are packed.
             micro_batch_loss = loss_sum / step.num_supervised_tokens
             micro_batch_loss.backward()  # single
             loss += micro_batch_loss.detach()
+            # Of samples that could not be decoded.
             problems += micro_batch.problems
 
+        # The norm before clipping is what is logged.
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        # Here, once a step, the loop waits for the device.
+        # Here, once a step, the loop waits for the device: before the optimizer, since numbers that
+        # are not finite must not reach the weights.
         loss, grad_norm = torch.stack([loss, grad_norm]).tolist()
         is_bad = not (math.isfinite(loss) and math.isfinite(grad_norm))
         num_bad_steps = num_bad_steps + 1 if is_bad else 0
-        bad_sample = first_fatal(problems, config)
-        if bad_sample or num_bad_steps > config.skip_bad_steps:
-            save_checkpoint(
-                step.global_step, model, optimizer, export, config, data.digest, eval_loss
-            )
-            raise explain_stop(step, loss, grad_norm, bad_sample)
+        try:
+            refuse_bad_samples(problems, config)
+            if num_bad_steps > config.skip_bad_steps:
+                refuse_bad_step(step, loss, grad_norm)
+        except UserError:
+            # The steps before this one, unless they are saved already.
+            save_checkpoint(step.global_step, model, optimizer, processor, config, data, eval_loss)
+            raise
         if is_bad:
             logger.warning(f"step {global_step} skipped: loss {loss}, gradient norm {grad_norm}")
         else:
             optimizer.step()
+        # Set to None, gradients take no memory until the next backward pass.
         optimizer.zero_grad(set_to_none=True)
 
         seconds = time.perf_counter() - started
@@ -183,59 +151,50 @@ def train(
             "num_supervised_tokens": step.num_supervised_tokens,
             "seconds": seconds,
             **throughput(step, seconds, micro_batches.take_seconds()),
-            "peak_memory_gib": peak_memory_gib(device),
         }
-        metrics_file.append(metrics)
-        for problem in problems:
-            logger.warning(f"left out   {problem}")
-        line = f"loss {loss:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s"
-        progress.set_postfix_str(line)
-        progress.update()
-        if global_step % max(1, num_steps // 20) == 0:
-            logger.info(f"step {global_step:>7,}/{num_steps:,}   {line}")
+        log.step(metrics, problems)
 
-        stop.name = stop.noted  # single
-        eval_loss = None  # else that of these very weights
+        # A signal comes at any time, and to ranks at different times: it counts from here on.
+        stop.agree(device)
         is_last = global_step == num_steps
+        # A checkpoint holds the held-out loss of its own weights, or none, so that the best of them
+        # can be kept.
+        eval_loss = None
         if eval_data and not stop.name and (is_last or global_step % config.eval_steps == 0):
             try:
                 scores = evaluate(config, model, build_inputs, eval_data, autocast, device)
-            except UserError:  # of the held-out data or --metric: no reason to lose the steps done
-                save_checkpoint(global_step, model, optimizer, export, config, data.digest, None)
+            except UserError:
+                # Held-out data or a metric that fail are no reason to lose the steps done.
+                save_checkpoint(global_step, model, optimizer, processor, config, data, None)
                 raise
             eval_loss = scores["eval_loss"]
-            metrics_file.append({"global_step": global_step, **scores})
-            logger.info(f"step {global_step:>7,}/{num_steps:,}   {describe_evaluation(scores)}")
+            log.evaluation(global_step, scores)
         if stop.name or is_last or global_step % config.save_steps == 0:
             is_saved = save_checkpoint(
-                global_step, model, optimizer, export, config, data.digest, eval_loss
+                global_step, model, optimizer, processor, config, data, eval_loss
             )
         if stop.name:
             stop.end_process(global_step, is_saved, config.output_dir)
-    progress.close()
 
 
 @torch.no_grad()
-def evaluate(config: Config, model, build_inputs, data: PlannedData, autocast, device) -> dict:
+def evaluate(config, model, build_inputs, data, autocast, device) -> dict:
     """Return the loss per supervised token of held-out data, and scores of generated answers.
 
-    Nothing of the training changes.
+    Nothing of the training changes: neither weights nor random states.
     """
     loss_sum, num_supervised_tokens = torch.zeros(2, device=device)
     problems = []
+    # One epoch of a plan of its own: the same packing, the same loss as in training.
     num_steps = data.plan.num_steps_per_epoch
-    rank = 0  # single
-    micro_batches = load_micro_batches(data, 0, num_steps, config, device, rank)
-    for step in data.plan.steps(0, num_steps):
-        for micro_batch in islice(micro_batches, len(step.micro_batches[0])):
-            with autocast:
-                logits = model(**build_inputs(micro_batch)).logits
-            targets = micro_batch.targets.to(device, non_blocking=True)
-            loss_sum += cross_entropy_sum(logits, targets)
-            num_supervised_tokens += len(targets)
-            problems += micro_batch.problems
-    if bad_sample := first_fatal(problems, config):
-        raise explain_bad_sample(bad_sample)
+    for micro_batch in load_micro_batches(data, 0, num_steps, config, device):
+        with autocast:
+            logits = model(**build_inputs(micro_batch)).logits
+        targets = micro_batch.targets.to(device, non_blocking=True)
+        loss_sum += cross_entropy_sum(logits, targets)
+        num_supervised_tokens += len(targets)
+        problems += micro_batch.problems
+    refuse_bad_samples(problems, config)
     for problem in problems:
         logger.warning(f"left out   {problem}")
     result = {"eval_loss": (loss_sum / num_supervised_tokens).item()}
@@ -250,49 +209,25 @@ def evaluate(config: Config, model, build_inputs, data: PlannedData, autocast, d
 def main() -> None:
     """Parse the flags, prepare, train, export."""
     config = parse_config()
-    device = choose_device(config.device)
-    if device.index is not None:  # single
-        torch.cuda.set_device(device)  # single
-    if config.model_name_or_path is None and device.type == "cpu":  # single
-        tqdm.write(TINY_NOTICE)
-    checkpoint = find_checkpoint(config) if config.resume_from else None  # single
-    config = fill_defaults(config, device.type, checkpoint and checkpoint.parent)
-    check_report_to(config.report_to)
+    device = choose_device(config.device)  # single
+    # The output folder, and with --resume_from the checkpoint in it.
+    config, checkpoint = open_run(config, device)
     load_metric(config.metric)  # what is wrong with it is said now
-    output_dir = make_output_dir(config, checkpoint)  # single
 
-    # Everything that can be wrong with the data is known before the model is loaded.
-    folder = find_model_to_train(config.model_name_or_path)
-    processor = load_processor(folder, config)
-    encoder = build_encoder(folder, processor, config)
-    data = prepare_data(config.train_data, encoder, config, world_size=1)  # single
-    eval_data = None
-    if config.eval_data:
-        eval_data = prepare_data(config.eval_data, encoder, config, world_size=1)  # single
-    num_steps = data.plan.num_steps_per_epoch * config.num_epochs
-    num_steps = min(num_steps, config.max_steps or num_steps)
-    check_fits(folder, config, device, shard_size=1)  # single
+    # Everything that can be wrong with the data is known before the model is loaded, and so is
+    # whether it fits.
+    folder, processor, encoder = load_encoder(config)
+    data = prepare_data(config.train_data, encoder, config)
+    eval_data = prepare_data(config.eval_data, encoder, config) if config.eval_data else None
+    num_steps = data.plan.num_steps(config.num_epochs, config.max_steps)
+    check_fits(folder, config, device)
 
-    if checkpoint:
-        check_same_run(checkpoint, config, data.digest, num_steps)
-        rewind_files(checkpoint)  # single
-    config.save(output_dir / "config_used.json")  # single
-    setup_logging(output_dir)  # single
+    begin_or_resume(config, checkpoint, data, num_steps)
     torch.manual_seed(config.seed)
-    attention = choose_attention(device, config.precision)
-    model = load_model(folder, attention, device, config)  # single
-
-    log_setup(config, model, data, eval_data, num_steps, device, checkpoint)
-
+    model = load_model(folder, device, config)  # single
     started = time.perf_counter()
     train(config, model, processor, data, eval_data, num_steps, device, checkpoint)
-    export_at_last(partial(export_model, model, processor), output_dir, num_steps)  # single
-    plot_loss(output_dir / "metrics.jsonl", output_dir / "loss.png")  # single
-    log_left_out(output_dir / "metrics.jsonl")  # single
-    logger.info(
-        f"done       in {time.perf_counter() - started:.0f} s. Compare: "
-        f"python test_on_trained_model_by_us.py --model_dir {output_dir}"
-    )
+    finish_run(model, processor, config, started)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """The same model, data and number of epochs through finetune.py and through its peers.
 
     python -m benchmarks.bench_peers
+    python -m benchmarks.bench_peers --num_samples 40 --num_epochs 1 --peers original ours
 
-The model is the embedded tiny one, on the CPU; the data are text, pictures and clips, their lengths
-spread 20-fold. Each peer runs in a process of its own, one after the other:
+The embedded tiny model, on the CPU; text, pictures and clips, their lengths spread 20-fold. Each
+peer runs in a process of its own, one after the other:
 
 original: the loop of zhangfaen/finetune-Qwen2-VL, written anew as it is described: one sample at a
   time, every frame of a clip decoded to RGB before some are picked, stock sdpa, logits at all
   positions, a mean of means, a constant learning rate, no clipping.
 trl: SFTTrainer; pip install trl==1.16.0. It takes no video, so it is given less: every second
   frame, which makes as many tokens, as a picture that was decoded and resized before its run.
-llamafactory: 0.9.5. Its pins (transformers<=5.6.0, accelerate<=1.11.0, peft<=0.18.1, av<=16.0.0,
-  trl<=0.24.0) contradict those of requirements.txt: install it into an environment of its own,
-  and name its interpreter: --llamafactory_python DIR/bin/python.
+llamafactory: 0.9.5, where --llamafactory_python names the interpreter of an environment with it: it
+  wants transformers<=5.6.0, accelerate<=1.11.0, peft<=0.18.1, av<=16.0.0 and trl<=0.24.0.
 ours: finetune.py, with --max_tokens as low as the longest sample allows.
 
 trl and llamafactory get the schedule, decay, clipping and workers of finetune.py in place of their
@@ -21,17 +21,15 @@ trl packs no samples with pictures, llamafactory only if told to. --micro_batch_
 one, where nothing is padded: on a CPU that is their fastest. All compute in fp32; --precision bf16
 takes bf16 autocast, for which a CPU should have units.
 
-Wall clock, CPU seconds and memory are of the whole process with its children, from its start to
-the exported model; memory is the peak of PSS (a page that processes share counts once) and of RSS
-(every time). Samples and tokens a second are those of the training loop, as each tells its time.
-The loss is that of held-out data by supervised token, with and without clips, by one function.
+Wall clock and the peak of memory (PSS: a page that processes share counts once) are of the whole
+process with its children, from its start to the exported model; samples and tokens a second of the
+training loop, as each tells its time. The loss is that of held-out data by supervised token.
 """
 
 import argparse
-import importlib.util
+import contextlib
 import json
 import os
-import resource
 import shutil
 import sys
 import tempfile
@@ -47,11 +45,12 @@ import transformers
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from benchmarks.clips import REPO, make_clip
-from util.config import Config, fill_defaults
+from benchmarks.clips import make_clip
+from benchmarks.common import REPO, load_tiny, print_header, print_row
+from util.config import Config
 from util.data.batch import prepare_data
 from util.model.inputs import InputBuilder
-from util.model.load import build_encoder, find_model, load_model, load_processor
+from util.model.load import find_model, load_model
 from util.vision_util import load_frames
 
 CPU = torch.device("cpu")
@@ -223,40 +222,42 @@ def command_ours(run: dict) -> list[str]:
     return [sys.executable, "finetune.py", "--model_name_or_path", run["base"], *flags]
 
 
-def why_not(name: str, run: dict) -> str | None:
-    """Return why a peer cannot run here."""
-    if name == "trl" and not importlib.util.find_spec("trl"):
-        return "it is not installed: pip install trl==1.16.0"
-    if name == "llamafactory" and not run["llamafactory_python"]:
-        return "give --llamafactory_python of an environment with llamafactory==0.9.5 (see above)"
-    return None
-
-
 # ---------------------------------------------------------------- the measurement
 
 
-def measure(command: list[str], log: Path, num_threads: int) -> dict:
-    """Run a command; return its wall clock and CPU seconds and its peaks of memory in GiB."""
+def prepare_run(folder: Path, arguments, config: Config, processor, encoder) -> dict:
+    """Write data, and a model folder in which every peer finds the same; return what all need."""
+    make_data(folder, {"train": arguments.num_samples, "held_out": arguments.num_samples // 5})
+    shutil.copytree(find_model("tiny"), folder / "base")
+    processor.save_pretrained(folder / "base")  # with the pixel limits of finetune.py
+    frames = {}
+    for path in (str(folder / f"{seconds}.mp4") for seconds in CLIP_SECONDS):
+        clip = load_frames({"type": "video", "video": path}, encoder.policy)[::2]
+        frames[path] = [f"{path}{k}.png" for k in range(len(clip))]
+        for name, frame in zip(frames[path], clip):
+            Image.fromarray(frame.permute(1, 2, 0).numpy()).save(name)
+    names = ("min_pixels", "max_pixels", "video_max_pixels", "video_fps", "learning_rate")
+    run = vars(arguments) | {name: getattr(config, name) for name in names}
+    paths = {"train_data": str(folder / "train.json"), "base": str(folder / "base")}
+    return run | paths | {"folder": str(folder), "frames": frames}
+
+
+def measure(command: list[str], log: Path, num_threads: int) -> tuple[float, float]:
+    """Run a command; return its wall clock seconds and its peak of memory in GiB."""
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(num_threads)}
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    peaks = np.zeros(2)
+    started, peak = time.perf_counter(), 0
     with open(log, "w") as output:
         process = psutil.Popen(command, cwd=REPO, env=env, stdout=output, stderr=output)
         while process.poll() is None:
-            total = np.zeros(2)
+            total = 0
             for one in [process, *process.children(recursive=True)]:
-                try:
-                    memory = one.memory_full_info()
-                    total += (memory.pss, memory.rss)
-                except psutil.NoSuchProcess:
-                    continue
-            peaks = np.maximum(peaks, total)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    total += one.memory_full_info().pss
+            peak = max(peak, total)
             time.sleep(0.5)  # to look more often takes time away from what is measured
-    wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     if process.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"wall": wall, "cpu": cpu, "pss": peaks[0] / 2**30, "rss": peaks[1] / 2**30}
+    return time.perf_counter() - started, peak / 2**30
 
 
 def loop_seconds(output_dir: Path) -> float:
@@ -268,80 +269,48 @@ def loop_seconds(output_dir: Path) -> float:
 
 
 @torch.no_grad()
-def held_out_loss(folder: str, config: Config, data) -> np.ndarray:
-    """Return the loss per supervised token: of all samples, and of those without clips.
-
-    Weights are rounded to bf16, in which finetune.py writes them.
-    """
-    model = load_model(folder, "packed_sdpa", CPU, config).eval()
+def held_out_loss(folder: str, config: Config, data) -> float:
+    """Return the loss per supervised token, of weights in bf16, as finetune.py writes them."""
+    model = load_model(folder, CPU, config).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().float()
     build_inputs = InputBuilder(data.samples.encoder.processor, "packed_sdpa", CPU)
-    sums, counts = np.zeros(2), np.zeros(2)
+    loss_sum = 0.0
     for i in range(len(data.index)):
         micro_batch = data.samples.collate([data.samples[i]])
         logits = model(**build_inputs(micro_batch)).logits[0]
-        kinds = np.array([1, data.index.num_video_tokens[i] == 0])
-        sums += kinds * F.cross_entropy(logits, micro_batch.targets, reduction="sum").item()
-        counts += kinds * len(micro_batch.targets)
-    return sums / counts
+        loss_sum += F.cross_entropy(logits, micro_batch.targets, reduction="sum").item()
+    return loss_sum / data.index.num_supervised_tokens.sum()
 
 
 def compare(folder: Path, arguments) -> None:
     """Print one row a peer."""
-    num_samples = {"train": arguments.num_samples, "held_out": arguments.num_samples // 5}
-    make_data(folder, num_samples)
-    train_data, base = str(folder / "train.json"), str(folder / "base")
-    config = Config(model_name_or_path="tiny", train_data=[train_data], video_fps=1.0)
-    config = fill_defaults(config, "cpu")
-    # A folder in which every peer finds the same weights and pixel limits.
-    processor = load_processor(find_model("tiny"), config)
-    load_model(find_model("tiny"), "packed_sdpa", CPU, config).save_pretrained(base)
-    processor.save_pretrained(base)
-    encoder, frames = build_encoder(base, processor, config), {}
-    for path in (str(folder / f"{seconds}.mp4") for seconds in CLIP_SECONDS):
-        clip = load_frames({"type": "video", "video": path}, encoder.policy)[::2]
-        frames[path] = [f"{path}{k}.png" for k in range(len(clip))]
-        for name, frame in zip(frames[path], clip):
-            Image.fromarray(frame.permute(1, 2, 0).numpy()).save(name)
-    names = ("min_pixels", "max_pixels", "video_max_pixels", "video_fps", "learning_rate")
-    run = vars(arguments) | {name: getattr(config, name) for name in names}
-    run |= {"folder": str(folder), "train_data": train_data, "base": base, "frames": frames}
+    config, processor, encoder = load_tiny(video_fps=1.0)
+    run = prepare_run(folder, arguments, config, processor, encoder)
     # Of a copy: the index of a file is kept, and ours is to measure the data itself.
-    copied = shutil.copy(train_data, str(folder / "copy.json"))
-    index = prepare_data([copied], encoder, config, world_size=1).index
+    copied = shutil.copy(run["train_data"], str(folder / "copy.json"))
+    index = prepare_data([copied], encoder, config).index
     run["max_tokens"] = int(index.num_tokens.max()) + encoder.num_dummy_tokens
-    held_out = prepare_data([str(folder / "held_out.json")], encoder, config, world_size=1)
-    before = held_out_loss(base, config, held_out)
-    print(
-        f"{index.summary()}\n{vars(arguments)}, --max_tokens {run['max_tokens']} of ours\n"
-        f"held-out loss before training {before[0]:.4f}\n"
-    )
-    print("| | wall s | CPU s | samples/s | tokens/s | PSS GiB | RSS GiB | loss | without clips |")
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    held_out = prepare_data([str(folder / "held_out.json")], encoder, config)
+    print(f"{index.summary()}\n{vars(arguments)}, --max_tokens {run['max_tokens']} of ours\n")
+    before = held_out_loss(run["base"], config, held_out)
+    print_header(f"loss before: {before:.4f}", "wall s", "GiB", "samples/s", "tokens/s", "loss")
     for i, name in enumerate(arguments.peers):
-        if reason := why_not(name, run):
-            print(f"{name} is left out: {reason}", flush=True)
-            continue
         run["output_dir"] = str(folder / f"{i}_{name}")
         (folder / "run.json").write_text(json.dumps(run))
         command = [sys.executable, "-m", "benchmarks.bench_peers", "--run", name, str(folder)]
         if build := {"ours": command_ours, "llamafactory": command_llamafactory}.get(name):
             command = build(run)
-        row = measure(command, folder / f"{i}_{name}.log", arguments.num_threads)
-        losses = held_out_loss(run["output_dir"], config, held_out)
-        speed = arguments.num_epochs / loop_seconds(Path(run["output_dir"]))
-        print(
-            f"| {name} | {row['wall']:.1f} | {row['cpu']:.1f} | {len(index) * speed:.2f} | "
-            f"{index.num_tokens.sum() * speed:,.0f} | {row['pss']:.2f} | {row['rss']:.2f} | "
-            f"{losses[0]:.4f} | {losses[1]:.4f} |",
-            flush=True,
-        )
+        costs = measure(command, folder / f"{i}_{name}.log", arguments.num_threads)
+        rounds = arguments.num_epochs / loop_seconds(Path(run["output_dir"]))
+        loss = held_out_loss(run["output_dir"], config, held_out)
+        speeds = (rounds * len(index), rounds * index.num_tokens.sum())
+        print_row(name, *costs, *speeds, f"{loss:.4f}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    peers = ["original", "trl", "llamafactory", "ours"]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    peers = ["original", "trl", "ours"]
     parser.add_argument("--peers", nargs="+", choices=peers, default=peers, help="in this order")
     parser.add_argument("--num_samples", type=int, default=320)
     parser.add_argument("--num_epochs", type=int, default=2)
@@ -350,7 +319,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--num_workers", type=int, default=1, help="the original has none")
     parser.add_argument("--num_threads", type=int, default=1, help="of torch in a process")
-    parser.add_argument("--llamafactory_python", help="the interpreter of its environment")
+    parser.add_argument("--llamafactory_python", help="adds llamafactory; see above")
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.batch_size % arguments.micro_batch_size:
@@ -361,6 +330,8 @@ def main() -> None:
         results = json.dumps({"train_runtime": train(run)})  # as llamafactory writes it
         Path(run["output_dir"], "train_results.json").write_text(results)
         return
+    if arguments.llamafactory_python:
+        arguments.peers.append("llamafactory")
     with tempfile.TemporaryDirectory() as folder:
         compare(Path(folder), arguments)
 

@@ -1,7 +1,7 @@
 """Time the ways to read 32 frames of a clip, and measure the memory that each takes.
 
-    python benchmarks/bench_video.py
-    python benchmarks/bench_video.py --rounds 1 --clips 720p
+    python -m benchmarks.bench_video
+    python -m benchmarks.bench_video --rounds 1 --clips 720p
 
 Makes its clips in a temporary folder. Every way runs in a process of its own, on every clip; what
 is printed is the best of the rounds. CPU seconds tell more where the machine is busy. All ways
@@ -11,33 +11,32 @@ give the same frames at the same size, except the floor, which only decodes.
 import argparse
 import json
 import os
-import subprocess
-import sys
+import re
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
+import av
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
-
-from benchmarks.clips import make_clip  # noqa: E402
-from util.media.video_reader import VideoReader  # noqa: E402
+from benchmarks.clips import make_clip
+from benchmarks.common import print_header, print_row, run_alone
+from util.media.video_reader import VideoReader
 
 NUM_FRAMES = 32
+H720 = {"height": 720, "width": 1280, "seconds": 20, "rounds": 3}
+H480 = {"height": 480, "width": 854, "seconds": 60, "rounds": 10}
+HEVC = {"height": 1080, "width": 1920, "seconds": 10, "rounds": 6, "codec": "libx265"}
 # name: (what it is, arguments of make_clip, height and width of the frames that are kept)
 CLIPS = {
-    "720p": ("60 s 1280x720 H.264", {"height": 720, "width": 1280, "seconds": 20, "rounds": 3}),
-    "480p": ("10 min 854x480 H.264", {"height": 480, "width": 854, "seconds": 60, "rounds": 10}),
-    "hevc": (
-        "60 s 1920x1080 HEVC",
-        {"height": 1080, "width": 1920, "seconds": 10, "rounds": 6, "codec": "libx265"},
-    ),
+    "720p": ("60 s 1280x720 H.264", H720, (560, 1008)),
+    "480p": ("10 min 854x480 H.264", H480, (476, 840)),
+    "hevc": ("60 s 1920x1080 HEVC", HEVC, (560, 1008)),
 }
-SIZES = {"720p": (560, 1008), "480p": (476, 840), "hevc": (560, 1008)}
 
 
 def pick(num_frames: int) -> list[int]:
@@ -50,10 +49,10 @@ def resize(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(frames, size, mode="bicubic", antialias=True)
 
 
-def decode_everything(path, size):
-    """Decode everything to RGB, then pick: the original's way."""
-    import av
+# ---------------------------------------------------------------- the ways
 
+
+def everything(path, size):
     # What torchvision.io.read_video did, until torchvision dropped it.
     with av.open(path) as container:
         container.streams.video[0].thread_type = "AUTO"
@@ -63,7 +62,6 @@ def decode_everything(path, size):
 
 
 def decord(path, size):
-    """decord, as it comes."""
     from decord import VideoReader as Decord
 
     reader = Decord(path)
@@ -71,19 +69,10 @@ def decord(path, size):
     return resize(torch.from_numpy(frames).permute(0, 3, 1, 2), size)
 
 
-def torchcodec(path, size):
-    """torchcodec, as it comes: one thread."""
+def torchcodec(path, size, **options):
     from torchcodec.decoders import VideoDecoder
 
-    decoder = VideoDecoder(path)
-    return resize(decoder.get_frames_at(pick(len(decoder))).data, size)
-
-
-def torchcodec_fastest(path, size):
-    """torchcodec, all threads, no scan."""
-    from torchcodec.decoders import VideoDecoder
-
-    decoder = VideoDecoder(path, num_ffmpeg_threads=0, seek_mode="approximate")
+    decoder = VideoDecoder(path, **options)
     return resize(decoder.get_frames_at(pick(len(decoder))).data, size)
 
 
@@ -96,30 +85,13 @@ def qwen_vl_utils(path, size, backend):
     return fetch_video(item | {"resized_height": size[0], "resized_width": size[1]})
 
 
-def qwen_vl_utils_torchcodec(path, size):
-    """qwen-vl-utils with torchcodec."""
-    return qwen_vl_utils(path, size, "torchcodec")
-
-
-def qwen_vl_utils_decord(path, size):
-    """qwen-vl-utils with decord."""
-    return qwen_vl_utils(path, size, "decord")
-
-
-def ours(path, size):
-    """Ours, all threads."""
-    with VideoReader(path, num_threads=0) as reader:
+def ours(path, size, num_threads):
+    with VideoReader(path, num_threads) as reader:
         return reader.get_frames_at(pick(len(reader)), *size)
 
 
-def ours_one_thread(path, size):
-    """Ours, as it comes: one thread."""
-    with VideoReader(path) as reader:
-        return reader.get_frames_at(pick(len(reader)), *size)
-
-
-def floor(path, size, num_threads=0):
-    """Floor: frames that must be decoded, all threads."""
+def floor(path, size, num_threads):
+    """Return the wall clock and CPU seconds that decoding what must be decoded takes."""
     with VideoReader(path, num_threads) as reader:
         wanted = sorted({reader._times[i] for i in pick(len(reader))})
         start, cpu_start = time.perf_counter(), time.process_time()
@@ -128,94 +100,79 @@ def floor(path, size, num_threads=0):
         return time.perf_counter() - start, time.process_time() - cpu_start
 
 
-def floor_one_thread(path, size):
-    """Floor, one thread."""
-    return floor(path, size, num_threads=1)
+EVERYTHING = "decode everything to RGB, then pick: the original's way"
+WAYS = {
+    EVERYTHING: everything,
+    "decord, as it comes": decord,
+    "torchcodec, as it comes: one thread": torchcodec,
+    "torchcodec, all threads, no scan": partial(
+        torchcodec, num_ffmpeg_threads=0, seek_mode="approximate"
+    ),
+    "qwen-vl-utils with torchcodec": partial(qwen_vl_utils, backend="torchcodec"),
+    "qwen-vl-utils with decord": partial(qwen_vl_utils, backend="decord"),
+    "ours, all threads": partial(ours, num_threads=0),
+    "ours, as it comes: one thread": partial(ours, num_threads=1),
+    "floor: frames that must be decoded, all threads": partial(floor, num_threads=0),
+    "floor, one thread": partial(floor, num_threads=1),
+}
 
 
-WAYS = [
-    *(decode_everything, decord, torchcodec, torchcodec_fastest, qwen_vl_utils_torchcodec),
-    *(qwen_vl_utils_decord, ours, ours_one_thread, floor, floor_one_thread),
-]
-
-
-def memory(field: str, file: str = "/proc/self/status") -> int:
-    """Return a field of a file under /proc in bytes."""
-    status = Path(file).read_text().split("\n")
-    return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":"))
+# ---------------------------------------------------------------- the measurement
 
 
 def measure(name: str, path: str, size: tuple[int, int]) -> dict:
-    """Read `path` once, in this process; return seconds and peak memory above idle, or an error."""
-    way = next(way for way in WAYS if way.__name__ == name)
+    """Read `path` once, in this process; return seconds and peak memory above idle."""
     for module in ("decord", "torchcodec.decoders", "qwen_vl_utils"):
-        if module.split(".")[0] in name:
+        if module.split(".")[0] in name.replace("-", "_"):
             __import__(module)
     resize(torch.zeros((1, 3, 64, 64), dtype=torch.uint8), (32, 32))
     Path("/proc/self/clear_refs").write_text("5")  # begin to measure the peak anew
-    idle = memory("VmRSS")
+    idle = psutil.Process().memory_info().rss
     start, cpu_start = time.perf_counter(), time.process_time()
-    result = way(path, size)
+    result = WAYS[name](path, size)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     if isinstance(result, tuple):  # the way has its own clock
         seconds, cpu_seconds = result
     else:
         assert result.shape == (NUM_FRAMES, 3, *size)
-    return {"seconds": seconds, "cpu": cpu_seconds, "peak": memory("VmHWM") - idle}
+    peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]
+    return {"seconds": seconds, "cpu": cpu_seconds, "mb": (1024 * int(peak) - idle) / 1e6}
 
 
-def measure_apart(name: str, path: str, size: tuple[int, int]) -> dict:
-    """Measure in a fresh process."""
-    command = [sys.executable, __file__, "--measure", json.dumps([name, path, size])]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or [f"ended with {result.returncode}"]
-        return {"error": lines[-1][:60]}
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def bytes_of_everything(name: str) -> int:
-    """Return how much memory decode_everything takes for a clip."""
-    arguments = CLIPS[name][1]
-    num_frames = arguments["seconds"] * arguments["rounds"] * 30
-    return num_frames * arguments["height"] * arguments["width"] * 3 * 2  # a list, and its stack
-
-
-def bench(names: list[str], num_rounds: int) -> None:
-    """Make the clips, measure every way, print a table for each clip."""
-    free = memory("MemAvailable", "/proc/meminfo")
-    with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            what, arguments = CLIPS[name]
-            path = make_clip(f"{folder}/{name}.mp4", **arguments)
-            print(f"\n{what}, {NUM_FRAMES} frames at {SIZES[name][1]}x{SIZES[name][0]}")
-            print(f"{'':55}  seconds  CPU seconds  MB above idle")
-            for way in WAYS:
-                title = way.__doc__.rstrip(".")
-                if way is decode_everything and bytes_of_everything(name) > 0.7 * free:
-                    print(f"{title:55}  needs {bytes_of_everything(name) / 1e9:.0f} GB: left out")
-                    continue
-                results = [
-                    measure_apart(way.__name__, path, SIZES[name]) for _ in range(num_rounds)
-                ]
-                if errors := [r["error"] for r in results if "error" in r]:
-                    print(f"{title:55}  {errors[0]}")
-                    continue
-                seconds, cpu = (min(r[key] for r in results) for key in ("seconds", "cpu"))
-                peak = max(r["peak"] for r in results) / 1e6
-                print(f"{title:55}  {seconds:7.2f}  {cpu:11.2f}  {peak:13.0f}", flush=True)
+def bench(what: str, path: str, size: tuple[int, int], num_bytes: int, num_rounds: int) -> None:
+    """Measure every way to read a clip, print a table; decoded, the clip takes `num_bytes`."""
+    print_header(f"{what}, {NUM_FRAMES} frames of {size[1]}x{size[0]}", "s", "CPU s", "MB")
+    for name in WAYS:
+        if name == EVERYTHING and num_bytes > 0.7 * psutil.virtual_memory().available:
+            print_row(name, f"needs {num_bytes / 1e9:.0f} GB: left out", "", "")
+            continue
+        rows = [
+            run_alone("bench_video", "--measure", json.dumps([name, path, size]))
+            for _ in range(num_rounds)
+        ]
+        if errors := [row["error"] for row in rows if "error" in row]:
+            print_row(name, errors[0], "", "")
+            continue
+        seconds, cpu = (min(row[key] for row in rows) for key in ("seconds", "cpu"))
+        print_row(name, seconds, cpu, max(row["mb"] for row in rows))
+    print()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=3, help="measurements; the best counts")
     parser.add_argument("--clips", nargs="+", choices=CLIPS, default=list(CLIPS))
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(*json.loads(arguments.measure))))
-    else:
-        bench(arguments.clips, arguments.rounds)
+        return print(json.dumps(measure(*json.loads(arguments.measure))))
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.clips:
+            what, clip, size = CLIPS[name]
+            path = make_clip(f"{folder}/{name}.mp4", **clip)
+            num_frames = clip["seconds"] * clip["rounds"] * 30
+            num_bytes = num_frames * clip["height"] * clip["width"] * 3 * 2  # a list, and its stack
+            bench(what, path, size, num_bytes, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Proof that it learns to see: a model from random weights, trained by finetune.py alone.
 
-    python benchmarks/learn.py --output_dir DIR
+    python -m benchmarks.learn --output_dir DIR
+    python -m benchmarks.learn --output_dir DIR --num_train 320 --num_held_out 50
 
 Draws scenes and clips, trains the embedded tiny model on one part and asks it about another part
 that shares no picture with it. Clips are asked about again with their frames in reverse order,
@@ -11,13 +12,12 @@ knows no more than what is right most often.
 import argparse
 import hashlib
 import json
-import os
 import random
-import resource
 import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -193,30 +193,10 @@ def write_media(frames: list[Image.Image], path: Path) -> Path:
 # ---------------------------------------------------------------- training and asking
 
 
-def run_script(script: str, **flags) -> None:
-    """Run a script of this repository with `flags`."""
-    command = [sys.executable, str(REPO / script)]
-    for name, value in flags.items():
-        command += [f"--{name}", str(value)]
-    subprocess.run(command, cwd=REPO, check=True, stdin=subprocess.DEVNULL)
-
-
-def train(folder: Path, arguments: argparse.Namespace) -> None:
-    run_script(
-        "finetune.py",
-        model_name_or_path="tiny",
-        device="cpu",
-        train_data=folder / "train.json",
-        output_dir=folder / "run",
-        num_epochs=arguments.num_epochs,
-        batch_size=arguments.batch_size,
-        learning_rate=arguments.learning_rate,
-        max_pixels=SIDE**2,
-        video_max_pixels=SIDE**2,
-        video_fps=FPS,
-        save_steps=1_000_000,
-        num_workers=1,
-    )
+def run_script(folder: Path, script: str, flags: str) -> None:
+    """Run a script of this repository, in `folder`: paths in `flags` are from there."""
+    command = [sys.executable, str(REPO / script), *flags.split()]
+    subprocess.run(command, cwd=folder, check=True, stdin=subprocess.DEVNULL)
 
 
 def ask(folder: Path, name: str) -> dict[str, dict[str, float]]:
@@ -225,48 +205,30 @@ def ask(folder: Path, name: str) -> dict[str, dict[str, float]]:
     A group is a kind of question, or all of them about images or videos. "most" is what the most
     frequent answers would get right.
     """
-    run_script(
-        "test_on_trained_model_by_us.py",
-        model_dir=folder / "run",
-        prompts=folder / f"{name}.json",
-        batch_size=64,
-        max_new_tokens=12,
-        device="cpu",
-        save=folder / f"{name}_answers.json",
-    )
-    rows = json.loads((folder / f"{name}_answers.json").read_text())["answers"]
-    right, most = dict.fromkeys(QUESTIONS, 0), dict.fromkeys(QUESTIONS, 0)
-    asked = Counter(row["id"].split()[0] for row in rows)
-    for kind in asked:
-        chosen = [row for row in rows if row["id"].split()[0] == kind]
-        right[kind] = sum(row["answer"] == row["reference"] for row in chosen)
-        most[kind] = Counter(row["reference"] for row in chosen).most_common(1)[0][1]
+    flags = f"--model_dir run --prompts {name}.json --save {name}_answers.json --device cpu"
+    flags += " --batch_size 64 --max_new_tokens 12"
+    run_script(folder, "test_on_trained_model_by_us.py", flags)
+    rows = {kind: [] for kind in QUESTIONS}
+    for row in json.loads((folder / f"{name}_answers.json").read_text())["answers"]:
+        rows[row["id"].split()[0]].append(row)
     groups = {kind: [kind] for kind in QUESTIONS}
     groups |= {"all images": [k for k in QUESTIONS if k != "motion"], "all videos": ["motion"]}
-    result = {}
+    scores = {}
     for group, kinds in groups.items():
-        if number := sum(asked[kind] for kind in kinds):
-            sums = (sum(counts[kind] for kind in kinds) for counts in (right, most))
-            result[group] = {key: value / number for key, value in zip(("right", "most"), sums)}
-    return result
+        right = [row["answer"] == row["reference"] for kind in kinds for row in rows[kind]]
+        references = [Counter(row["reference"] for row in rows[kind]) for kind in kinds]
+        most = sum(max(counts.values(), default=0) for counts in references)
+        if right:
+            scores[group] = {"right": sum(right) / len(right), "most": most / len(right)}
+    return scores
 
 
-def cpu_seconds() -> float:
-    """Return the processor time of this process and of those that have ended under it."""
-    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def print_table(parts: dict, times: dict, arguments: argparse.Namespace) -> None:
-    print(f"\n{arguments.num_train:,} training samples, epochs: {arguments.num_epochs}")
+def print_table(parts: dict) -> None:
     print("\n| question | held out | frames reversed | black | most frequent answer |")
     print("|---|---|---|---|---|")
     for group, scores in parts["held_out"].items():
         row = [parts[name].get(group, {}).get("right") for name in parts] + [scores["most"]]
         print(f"| {group} | {' | '.join('' if v is None else f'{v:.1%}' for v in row)} |")
-    print(f"\n| on {os.cpu_count()} cores | seconds | of processor time |\n|---|---|---|")
-    for name, (seconds, used) in times.items():
-        print(f"| {name} | {seconds:.0f} | {used:.0f} |")
 
 
 def main() -> None:
@@ -281,24 +243,24 @@ def main() -> None:
     folder = arguments.output_dir.resolve()
     if folder.exists() and any(folder.iterdir()):
         parser.error(f"{folder} is not empty: name a new folder")
-    clock, times, parts = (time.perf_counter(), cpu_seconds()), {}, {}
-
-    def lap(name: str) -> None:
-        nonlocal clock
-        now = (time.perf_counter(), cpu_seconds())
-        times[name], clock = [b - a for a, b in zip(clock, now)], now
-
+    clock = [time.perf_counter()]
     shared = draw_train(folder, arguments.num_train) & draw_held_out(folder, arguments.num_held_out)
     assert not shared, "a held-out picture is also trained on"
-    lap("drawing")
-    train(folder, arguments)
-    lap("training")
-    for name in ("held_out", "reversed", "black"):
-        parts[name] = ask(folder, name)
-    lap("answering")
-    times["together"] = [sum(column) for column in zip(*times.values())]
-    print_table(parts, times, arguments)
-    results = {"scores": parts, "seconds": times}
+    clock.append(time.perf_counter())
+    flags = "--model_name_or_path tiny --device cpu --train_data train.json --output_dir run"
+    flags += f" --max_pixels {SIDE**2} --video_max_pixels {SIDE**2} --video_fps {FPS}"
+    flags += f" --num_epochs {arguments.num_epochs} --batch_size {arguments.batch_size}"
+    flags += f" --learning_rate {arguments.learning_rate} --num_workers 1 --save_steps 1000000"
+    run_script(folder, "finetune.py", flags)
+    clock.append(time.perf_counter())
+    parts = {name: ask(folder, name) for name in ("held_out", "reversed", "black")}
+    clock.append(time.perf_counter())
+    laps = (end - begin for begin, end in pairwise(clock))
+    seconds = dict(zip(("drawing", "training", "answering"), laps))
+    print_table(parts)
+    print(f"\n{arguments.num_train:,} training samples, epochs: {arguments.num_epochs}")
+    print(", ".join(f"{name}: {value:.0f} s" for name, value in seconds.items()))
+    results = {"scores": parts, "seconds": seconds}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
 

@@ -2,14 +2,14 @@
 
     torchrun ... tests/distributed_driver.py CASES.json
 
-CASES is a list of {"argv": [...], "hook": name or null}: one run each, in one process group. Every
-run also leaves its final weights, fp32 and whole, in OUTPUT_DIR/final.pt; one that a signal stops,
-a checkpoint instead.
+CASES is a list of {"argv": [...], "hook": name or null, "end": text}: one run each, in one process
+group. Where `end` is not empty, the run has to end early, with an exit code or error that has it.
 """
 
 import ctypes
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -22,21 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import finetune_distributed
-from util import distributed, run
+from util import checkpoint, run
+from util.config import UserError
 from util.data import index as index_module
 from util.data import plan as plan_module
-from util.distributed import export_sharded_model
-from util.run import EXIT_STOPPED
+from util.model import load
 
 RANK = int(os.environ["RANK"])
-
-
-def export_with_final_weights(model, processor, output_dir):
-    """Export as ever, and save every parameter as it was trained."""
-    whole = {name: p.detach().full_tensor().cpu() for name, p in model.named_parameters()}
-    export_sharded_model(model, processor, output_dir)
-    if RANK == 0:
-        torch.save(whole, Path(output_dir) / "final.pt")
+FOLDER = Path(sys.argv[1]).parent
 
 
 def adversarial():
@@ -56,62 +49,56 @@ def adversarial():
     plan_module.Plan._deal = deal
 
 
-def on_step(step, do):
-    """Call `do` when rank 1 reads the first micro-batch of a step."""
-    load = finetune_distributed.load_micro_batches
+def in_step(step, do):
+    """Call `do` on rank 1 at the beginning of a step; once."""
+    set_learning_rate = finetune_distributed.set_learning_rate
 
-    def load_and_fail(*args):
-        for i, micro_batch in enumerate(load(*args)):
-            if RANK == 1 and i == step:
-                do()
-            yield micro_batch
+    def do_and_set(optimizer, global_step, *args):
+        if RANK == 1 and global_step == step - 1:
+            finetune_distributed.set_learning_rate = set_learning_rate
+            do()
+        return set_learning_rate(optimizer, global_step, *args)
 
-    finetune_distributed.load_micro_batches = load_and_fail
-
-
-def stop_after(num_steps):
-    """Send rank 1 SIGTERM in the step after which the run shall stop; once."""
-    learning_rate_at = finetune_distributed.learning_rate_at
-
-    def signal_and_return(global_step, *args):
-        if RANK == 1 and global_step == num_steps - 1:
-            finetune_distributed.learning_rate_at = learning_rate_at
-            signal.raise_signal(signal.SIGTERM)
-        return learning_rate_at(global_step, *args)
-
-    finetune_distributed.learning_rate_at = signal_and_return
+    finetune_distributed.set_learning_rate = do_and_set
 
 
 def stop_late(num_steps):
     """Send rank 1 SIGTERM in a step when the ranks have agreed already to go on; once."""
-    agree_on_signal, calls = finetune_distributed.agree_on_signal, []
+    agree, calls = run.StopSignal.agree, []
 
     def agree_and_signal(stop, device):
-        agree_on_signal(stop, device)
+        agree(stop, device)
         calls.append(stop)
         if len(calls) == num_steps:
-            finetune_distributed.agree_on_signal = agree_on_signal
+            run.StopSignal.agree = agree
             if RANK == 1:
                 signal.raise_signal(signal.SIGTERM)
 
-    finetune_distributed.agree_on_signal = agree_and_signal
+    run.StopSignal.agree = agree_and_signal
 
 
 def fail_to_export():
     """On the main process, have the disk fill up at the first export."""
-    write = distributed.write_model
+    write = load.write_model
 
     def full(*args):
-        distributed.write_model = write
+        load.write_model = write
         raise OSError("No space left on device")
 
-    distributed.write_model = full
+    load.write_model = full
 
 
 def measure_badly():
     """On rank 1, find every sample bad: what the main process finds must count."""
     if RANK == 1:
         index_module._measure = lambda *_: "bad on this rank alone"
+
+
+def apart():
+    """Go on in a folder of this rank's own, as on a machine of its own."""
+    (FOLDER / f"machine-{RANK}").mkdir()
+    os.chdir(FOLDER / f"machine-{RANK}")
+    run.SHARED_FOLDER_SECONDS = 1
 
 
 def fail():
@@ -139,7 +126,7 @@ def peak_memory(report, key):
 def record_memory():
     """Save this rank's bytes of parameters, gradients and optimizer state, and peaks of memory."""
     load, build = finetune_distributed.load_sharded_model, finetune_distributed.build_optimizer
-    report = {}
+    export, report = checkpoint.export_model, {}
 
     def watched_load(*args):
         with peak_memory(report, "peak_of_loading"):
@@ -160,12 +147,12 @@ def record_memory():
 
     def watched_export(model, processor, output_dir):
         with peak_memory(report, "peak_of_exporting"):
-            export_sharded_model(model, processor, output_dir)
+            export(model, processor, output_dir)
         Path(output_dir, f"memory-{RANK}.json").write_text(json.dumps(report))
 
     finetune_distributed.load_sharded_model = watched_load
     finetune_distributed.build_optimizer = watched_build
-    finetune_distributed.export_sharded_model = watched_export
+    checkpoint.export_model = watched_export
 
 
 def local_bytes(tensors):
@@ -176,36 +163,35 @@ def local_bytes(tensors):
 
 def private_bytes():
     """Memory of this process that is no file's: mapped files are shared and can be dropped."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("no RssAnon")
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024
 
 
 HOOKS = {
     "adversarial": adversarial,
-    "raise": lambda: on_step(2, fail),
-    "kill": lambda: on_step(2, lambda: os.kill(os.getpid(), signal.SIGKILL)),
+    "raise": lambda: in_step(3, fail),
+    "kill": lambda: in_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "memory": record_memory,
     "measure badly": measure_badly,
-    "stop after 7": lambda: stop_after(7),
-    "stop after 8": lambda: stop_after(8),
+    "apart": apart,
+    "stop after 7": lambda: in_step(7, lambda: signal.raise_signal(signal.SIGTERM)),
+    "stop after 8": lambda: in_step(8, lambda: signal.raise_signal(signal.SIGTERM)),
     "stop late": lambda: stop_late(3),
     "fail to export": fail_to_export,
 }
 
 
 def main():
-    finetune_distributed.export_sharded_model = export_with_final_weights
     for case in json.loads(Path(sys.argv[1]).read_text()):
-        if case.get("hook"):
+        if case["hook"]:
             HOOKS[case["hook"]]()
-        started = time.perf_counter()
-        sys.argv = ["finetune_distributed.py", *map(str, case["argv"])]
+        started, end = time.perf_counter(), ""
+        sys.argv = ["finetune_distributed.py", *case["argv"]]
         try:
             finetune_distributed.main()
-        except SystemExit as end:
-            assert end.code == EXIT_STOPPED and case["hook"].startswith("stop"), end
+        except (SystemExit, UserError) as error:
+            end = str(error)
+        assert bool(end) == bool(case["end"]) and case["end"] in end, end
         print(f"case {case} rank {RANK}: {time.perf_counter() - started:.1f} s")
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from util.model.tiny import CHAT_TEMPLATE
 
@@ -20,14 +20,10 @@ TEMPLATES = {
     "qwen2_5_vl": CHAT_TEMPLATE,
     "qwen3_vl": CHAT_TEMPLATE.replace(DEFAULT_SYSTEM, ""),
 }
-TEXT = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3} | {
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6,
-}
-VISION = {"depth": 3, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4} | {
-    "out_hidden_size": 128
-}
+TEXT = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "rms_norm_eps": 1e-6}
+TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+VISION = {"depth": 3, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4}
+VISION |= {"out_hidden_size": 128}
 
 
 def qwen2_5_vl(tokens: dict, vocab_size: int):
@@ -78,11 +74,9 @@ def build_processor(family: str, tokenizer):
 def build_family(family: str, tiny_folder: str, folder: Path) -> str:
     """Write a model of a family to `folder` and return its path."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    names = {"image": "<|image_pad|>", "video": "<|video_pad|>"} | {
-        "vision_start": "<|vision_start|>",
-        "vision_end": "<|vision_end|>",
-    }
-    tokens = {f"{k}_token_id": tokenizer.convert_tokens_to_ids(v) for k, v in names.items()}
+    config = AutoConfig.from_pretrained(tiny_folder)
+    names = (f"{name}_token_id" for name in ("image", "video", "vision_start", "vision_end"))
+    tokens = {name: getattr(config, name) for name in names}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}[family](tokens, len(tokenizer))

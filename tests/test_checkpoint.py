@@ -1,174 +1,174 @@
 """Checkpoints: exact, checked, refused where they do not fit, and survived where they fail."""
 
+import functools
+import itertools
 import json
 import os
 import pickle
 import shutil
 import signal
+from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import CPU, set_up, tiny_config
 from safetensors import SafetensorError
-from test_one_rule import weights
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import finetune
+from helpers import CPU, read_metrics, set_up, tiny_config, undamaged_steps, weights
 from util import checkpoint as saving
 from util import logutil
-from util.checkpoint import (
-    check_same_run,
-    damage,
-    find_checkpoint,
-    list_checkpoints,
-    make_output_dir,
-    rewind_files,
-)
+from util.checkpoint import check_same_run, damage, find_checkpoint, list_checkpoints, rewind_files
 from util.config import UserError
 from util.model import load
 from util.model.loss import cross_entropy_sum
-from util.run import EXIT_STOPPED, StopSignal
+from util.optim import parameter_groups
+from util.run import EXIT_STOPPED, StopSignal, open_output_dir
 
 FLAGS = {"batch_size": 8, "learning_rate": 1e-3, "num_epochs": 5, "num_workers": 0}
-NUM_STEPS = 20  # four an epoch
+WHOLE = {"max_tokens": 10**6}  # one micro-batch a step
+FULL = "No space left on device"
+APPEND = logutil.MetricsFile.append
 
 
-@pytest.fixture(autouse=True)
-def restored_signals():
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def train_in(
+    folder, data, tiny, name="out", stop_after=None, checkpoint=None, bad_losses=(), **flags
+):
+    """Train in this process, in the folder `name` of `folder`: 20 steps, four an epoch.
+
+    stop_after: SIGTERM comes once that step has been logged. bad_losses: micro-batches whose loss
+    is infinite, counted from 1.
+    """
+    saving.logger.propagate = True
+    output_dir, num_steps = folder / name, flags.pop("num_steps", 20)
+    flags = FLAGS | {"output_dir": str(output_dir), "train_data": [data]} | flags
+    run = set_up(tiny_config(**flags), tiny)
+    calls, eval_data = itertools.count(1), None
+    output_dir.mkdir(exist_ok=True)
+    if checkpoint:
+        rewind_files(checkpoint)
+    if run.config.eval_data:
+        eval_data = finetune.prepare_data(run.config.eval_data, run.encoder, run.config)
+
+    def append(file, row):
+        APPEND(file, row)
+        if row["global_step"] == stop_after and "loss" in row:
+            signal.raise_signal(signal.SIGTERM)
+
+    def loss_sum(logits, targets):
+        loss = cross_entropy_sum(logits, targets)
+        return loss * float("inf") if next(calls) in bad_losses else loss
+
+    arguments = (run.config, run.model, run.processor, run.data, eval_data, num_steps)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logutil.MetricsFile, "append", append)
+        patch.setattr(finetune, "cross_entropy_sum", loss_sum)
+        with pytest.raises(SystemExit) if stop_after else nullcontext() as info:
+            finetune.train(*arguments, CPU, checkpoint)
+    if stop_after:
+        is_saved = (output_dir / f"checkpoint-{stop_after}").is_dir()
+        assert info.value.code == (EXIT_STOPPED if is_saved else 1)
+    run.folder, run.metrics, run.weights = output_dir, read_metrics(output_dir), weights(run.model)
+    return run
 
 
 @pytest.fixture
-def run(mixed_data, tiny_folder, tmp_path, monkeypatch):
-    """Train in this process; `stop_after` sends SIGTERM once that step has been logged."""
+def run(mixed_data, tiny_folder, tmp_path):
+    return functools.partial(train_in, tmp_path, mixed_data, tiny_folder)
 
-    def train(
-        name="out",
-        stop_after=None,
-        checkpoint=None,
-        num_steps=NUM_STEPS,
-        exit_code=EXIT_STOPPED,
-        **flags,
-    ):
-        flags = FLAGS | {"output_dir": str(tmp_path / name), "train_data": [mixed_data]} | flags
-        prepared = set_up(tiny_config(**flags), tiny_folder)
-        (tmp_path / name).mkdir(exist_ok=True)
-        if checkpoint:
-            rewind_files(checkpoint)
-        eval_data = None
-        if flags.get("eval_data"):
-            eval_data = finetune.prepare_data(
-                flags["eval_data"], prepared.encoder, prepared.config, world_size=1
-            )
 
-        class MetricsFile(logutil.MetricsFile):
-            def append(self, row):
-                super().append(row)
-                if row["global_step"] == stop_after and "loss" in row:
-                    signal.raise_signal(signal.SIGTERM)
+@pytest.fixture(scope="module")
+def finished(mixed_data, tiny_folder, tmp_path_factory):
+    """A run with checkpoints after steps 3 and 5; not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    return train_in(folder, mixed_data, tiny_folder, num_steps=5, save_steps=3)
 
-        monkeypatch.setattr(finetune, "MetricsFile", MetricsFile)
-        arguments = (prepared.config, prepared.model, prepared.processor, prepared.data)
-        if stop_after:
-            with pytest.raises(SystemExit) as info:
-                finetune.train(*arguments, eval_data, num_steps, CPU, checkpoint)
-            assert info.value.code == exit_code
-        else:
-            finetune.train(*arguments, eval_data, num_steps, CPU, checkpoint)
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        return SimpleNamespace(
-            metrics=[json.loads(line) for line in lines],
-            weights=weights(prepared.model),
-            config=prepared.config,
-            data=prepared.data,
-            folder=tmp_path / name,
-        )
 
-    return train
+@pytest.fixture
+def saved(finished, tmp_path):
+    """A copy of its folder."""
+    return shutil.copytree(finished.folder, tmp_path / "saved")
 
 
 def losses(result):
-    return [
-        (m["global_step"], m["loss"], m["grad_norm"], m["learning_rate"])
-        for m in result.metrics
-        if "loss" in m
-    ]
+    names = ("global_step", "loss", "grad_norm", "learning_rate")
+    return [[m[name] for name in names] for m in result.metrics if "loss" in m]
 
 
-@pytest.mark.parametrize("stop_after, num_workers", [(7, 0), (8, 2)])
-def test_a_resumed_run_is_the_run_that_would_have_been(run, stop_after, num_workers):
+def evaluations(result):
+    return [(m["global_step"], m["eval_loss"]) for m in result.metrics if "eval_loss" in m]
+
+
+def test_a_resumed_run_is_the_run_that_would_have_been(run, monkeypatch):
     """To the last bit; stopped in the middle of an epoch and at its end."""
     straight = run("straight")
-    stopped = run("broken", stop_after=stop_after, num_workers=num_workers)
-    assert len(stopped.metrics) == stop_after
-    checkpoint = stopped.folder / f"checkpoint-{stop_after}"
-    resumed = run("broken", checkpoint=checkpoint, num_workers=num_workers)
-    assert losses(resumed) == losses(straight)
-    assert torch.equal(resumed.weights, straight.weights)
+    for stop_after, num_workers, file_bytes in ((7, 0, 5 * 2**20), (8, 2, 2**30)):
+        # What is copied from a GPU is in main memory until its file is closed: there are several.
+        monkeypatch.setattr(saving, "SHARD_FILE_BYTES", file_bytes)
+        stopped = run("broken", stop_after=stop_after, num_workers=num_workers)
+        assert len(stopped.metrics) == stop_after
+        checkpoint = stopped.folder / f"checkpoint-{stop_after}"
+        sizes = [path.stat().st_size for path in checkpoint.glob("resume/*.distcp")]
+        assert len(sizes) == 1 or (len(sizes) >= 8 and max(sizes) < 8 * 2**20)
+        assert (len(sizes) == 1) == (file_bytes == 2**30)
+        resumed = run("broken", checkpoint=checkpoint, num_workers=num_workers)
+        assert losses(resumed) == losses(straight)
+        assert torch.equal(resumed.weights, straight.weights)
+        shutil.rmtree(stopped.folder)
 
 
-def test_resume_drops_the_steps_after_the_checkpoint(run):
-    stopped = run(stop_after=6, save_steps=4)
-    assert [p.name for p in list_checkpoints(stopped.folder)] == ["checkpoint-6", "checkpoint-4"]
-    resumed = run(checkpoint=stopped.folder / "checkpoint-4", num_steps=8)
-    assert [m["global_step"] for m in resumed.metrics] == list(range(1, 9))
-
-
-def test_a_checkpoint_is_a_model_folder(run):
-    folder = run(stop_after=2).folder / "checkpoint-2"
+def test_a_checkpoint_is_a_model_folder(saved):
+    folder = saved / "checkpoint-3"
     model = AutoModelForImageTextToText.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
     assert AutoProcessor.from_pretrained(folder).tokenizer.padding_side == "left"
-    assert json.loads((folder / "config_used.json").read_text())["batch_size"] == 8
-    state = json.loads((folder / "resume" / "state.json").read_text())["state"]
-    assert state["global_step"] == 2 and state["versions"]["torch"] in torch.__version__
+    assert '"batch_size": 8' in (folder / "config_used.json").read_text()
+    state = saving._read_state(folder)
+    assert state["global_step"] == 3 and state["versions"]["torch"] in torch.__version__
     assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt"))
     # A path is pickled otherwise by Python 3.13, and nobody else has to know it.
     metadata = (folder / "resume" / ".metadata").read_bytes()
-    assert b"pathlib" not in metadata and str(folder.parent).encode() not in metadata
+    assert b"pathlib" not in metadata and b"checkpoint-3" not in metadata
+
+
+def write_state(checkpoint, **changes):
+    """Change the state of a checkpoint, and its checksum, as somebody who means harm would."""
+    state = saving._read_state(checkpoint) | changes
+    text = json.dumps({"state": state, "sha256": saving._digest(state)})
+    (checkpoint / saving.STATE_FILE).write_text(text)
 
 
 def test_the_newest_and_the_best_are_kept(run, mixed_data):
-    folder = run(save_steps=1, keep_checkpoints=2, num_steps=6).folder
-    assert [p.name for p in list_checkpoints(folder)] == ["checkpoint-6", "checkpoint-5"]
     # Held-out loss rises from the third step on: the learning rate is far too high by then.
     flags = {"save_steps": 1, "eval_steps": 1, "keep_checkpoints": 1, "num_steps": 6}
-    result = run("evaluated", eval_data=[mixed_data], warmup_ratio=1.0, learning_rate=0.5, **flags)
-    evaluated = {m["global_step"]: m["eval_loss"] for m in result.metrics if "eval_loss" in m}
+    result = run(eval_data=[mixed_data], warmup_ratio=1.0, learning_rate=0.5, **flags)
+    evaluated = dict(evaluations(result))
     assert sorted(evaluated) == list(range(7))
     del evaluated[0]
     best = min(evaluated, key=evaluated.get)
     assert best < 6, evaluated
-    assert {p.name for p in list_checkpoints(result.folder)} == {
-        f"checkpoint-{best}",
-        "checkpoint-6",
-    }
+    assert undamaged_steps(result.folder) == [6, best]
 
 
-def test_the_best_is_the_best_on_the_same_data_and_a_number(run):
-    result = run(save_steps=1, keep_checkpoints=9, num_steps=5)
-    others = {"eval_data": ["other.json"]}
-    for step, loss, config in (
-        (1, 0.1, others),
-        (2, float("nan"), {}),
-        (3, 0.5, {}),
-        (4, 0.9, {}),
-        (5, None, {}),
-    ):
-        path = result.folder / f"checkpoint-{step}" / "resume" / "state.json"
-        state = json.loads(path.read_text())["state"]
-        state |= {"eval_loss": loss, "config": state["config"] | config}
-        path.write_text(json.dumps({"state": state, "sha256": saving._digest(state)}))
-    saving._prune(result.folder, tiny_config(keep_checkpoints=1))
-    assert [p.name for p in list_checkpoints(result.folder)] == ["checkpoint-5", "checkpoint-3"]
+def test_the_best_is_the_best_on_the_same_data_and_a_number(run, mixed_data):
+    flags = {"save_steps": 1, "eval_steps": 2, "keep_checkpoints": 9, "num_steps": 5}
+    result = run(eval_data=[mixed_data], **flags)
+    evaluated = dict(evaluations(result))
+    assert sorted(evaluated) == [0, 2, 4, 5]
+    checkpoints = [result.folder / f"checkpoint-{step}" for step in range(1, 6)]
+    for step, checkpoint in enumerate(checkpoints, 1):  # that of its own weights, or none
+        assert saving._read_state(checkpoint)["eval_loss"] == evaluated.get(step)
+    for checkpoint, loss in zip(checkpoints, (0.1, float("nan"), 0.5, 0.9, None)):
+        write_state(checkpoint, eval_loss=loss)
+    others = saving._read_state(checkpoints[0])["config"] | {"eval_data": ["other.json"]}
+    write_state(checkpoints[0], config=others)
+    saving._prune(result.folder, tiny_config(keep_checkpoints=1, eval_data=[mixed_data]))
+    assert undamaged_steps(result.folder) == [5, 3]
 
 
 def test_a_checkpoint_that_cannot_be_deleted_is_told_and_survived(run, monkeypatch, caplog):
-    saving.logger.propagate = True
     rmtree = shutil.rmtree
 
     def busy(path, *args, **options):
@@ -177,8 +177,8 @@ def test_a_checkpoint_that_cannot_be_deleted_is_told_and_survived(run, monkeypat
         rmtree(path, *args, **options)
 
     monkeypatch.setattr(saving.shutil, "rmtree", busy)
-    result = run(save_steps=1, keep_checkpoints=1, num_steps=3)
-    assert [p.name for p in list_checkpoints(result.folder)] == ["checkpoint-3"]
+    result = run(save_steps=1, keep_checkpoints=2, num_steps=4)
+    assert undamaged_steps(result.folder) == [4, 3]
     assert "checkpoint-1 could not be deleted" in caplog.text
     assert "could not be written" not in caplog.text
 
@@ -187,37 +187,20 @@ def test_evaluation_does_not_change_the_training(run, mixed_data, tmp_path):
     (tmp_path / "own.py").write_text("def length(answer, reference):\n    return 1 + len(answer)\n")
     plain = run("plain", num_steps=5)
     flags = {"eval_generate": 3, "metric": f"{tmp_path}/own.py:length", "eval_steps": 2}
-    evaluated = run("evaluated", num_steps=5, eval_data=[mixed_data], **flags)
+    flags |= {"num_steps": 5, "eval_data": [mixed_data]}
+    evaluated = run("evaluated", **flags)
     assert losses(plain) == losses(evaluated)
     assert torch.equal(plain.weights, evaluated.weights)
-    eval_losses = [m["eval_loss"] for m in evaluated.metrics if "eval_loss" in m]
-    assert len(eval_losses) == 4 and eval_losses[-1] < eval_losses[0]
+    held_out = evaluations(evaluated)
+    assert [step for step, _ in held_out] == [0, 2, 4, 5] and held_out[-1][1] < held_out[0][1]
     scored = [m for m in evaluated.metrics if "eval_exact_match" in m]
     assert len(scored) == 4
     assert all(m["eval_character_error_rate"] > 0 and m["eval_metric"] > 0 for m in scored)
-
-
-def test_a_checkpoint_has_the_held_out_loss_of_its_own_weights_or_none(run, mixed_data):
-    flags = {"save_steps": 1, "eval_steps": 2, "keep_checkpoints": 9, "num_steps": 5}
-    result = run(eval_data=[mixed_data], **flags)
-    evaluated = {m["global_step"]: m["eval_loss"] for m in result.metrics if "eval_loss" in m}
-    assert sorted(evaluated) == [0, 2, 4, 5]
-    for step in range(1, 6):
-        state = json.loads((result.folder / f"checkpoint-{step}/resume/state.json").read_text())
-        assert state["state"]["eval_loss"] == evaluated.get(step)
-
-
-def test_an_evaluation_that_a_signal_has_skipped_is_made_up_for(run, mixed_data):
-    flags = {"eval_data": [mixed_data], "eval_steps": 2, "num_steps": 5}
-    straight = run("straight", **flags)
+    # One that a signal has skipped is made up for.
     stopped = run("broken", stop_after=4, **flags)
-    assert [m["global_step"] for m in stopped.metrics if "eval_loss" in m] == [0, 2]
+    assert [step for step, _ in evaluations(stopped)] == [0, 2]
     resumed = run("broken", checkpoint=stopped.folder / "checkpoint-4", **flags)
-    expected, got = (
-        [(m["global_step"], m["eval_loss"]) for m in result.metrics if "eval_loss" in m]
-        for result in (straight, resumed)
-    )
-    assert got == expected and [step for step, _ in got] == [0, 2, 4, 5]
+    assert evaluations(resumed) == held_out
 
 
 def test_an_evaluation_that_fails_costs_no_step(run, mixed_data, tmp_path):
@@ -230,8 +213,7 @@ def test_an_evaluation_that_fails_costs_no_step(run, mixed_data, tmp_path):
     flags = {"eval_data": [mixed_data], "eval_generate": 2, "eval_steps": 9, "num_steps": 3}
     with pytest.raises(UserError, match="judge.py:score: AssertionError"):
         run(metric=f"{tmp_path}/judge.py:score", **flags)
-    (checkpoint,) = list_checkpoints(tmp_path / "out")
-    assert checkpoint.name == "checkpoint-3" and damage(checkpoint) is None
+    assert undamaged_steps(tmp_path / "out") == [3]
 
 
 class Opens:
@@ -241,16 +223,13 @@ class Opens:
         return open, ("opened", "w")
 
 
-def test_metadata_that_could_run_code_are_not_loaded(run, monkeypatch, tmp_path):
-    folder = run(stop_after=2).folder / "checkpoint-2"
+def test_metadata_that_could_run_code_are_not_loaded(saved, monkeypatch, tmp_path):
+    folder = saved / "checkpoint-3"
     path = folder / "resume" / ".metadata"
     path.write_bytes(pickle.dumps(Opens()))
-    # Somebody who means harm writes the checksum of it, too.
-    content = json.loads((folder / "resume" / "state.json").read_text())
-    state = content["state"]
-    state["files"]["resume/.metadata"] = [path.stat().st_size, saving._checksum(path)]
-    text = json.dumps({"state": state, "sha256": saving._digest(state)})
-    (folder / "resume" / "state.json").write_text(text)
+    files = saving._read_state(folder)["files"]
+    files["resume/.metadata"] = [path.stat().st_size, saving._checksum(path)]
+    write_state(folder, files=files)
     monkeypatch.chdir(tmp_path)
     assert "it asks for" in damage(folder) and not (tmp_path / "opened").exists()
 
@@ -263,10 +242,9 @@ VICTIMS = {
 
 
 @pytest.mark.parametrize("fault", ["truncated", "flipped", "missing", *VICTIMS])
-def test_damage_is_named_and_latest_goes_back(run, fault, caplog):
-    result = run(stop_after=4, save_steps=2)
-    newest, older = list_checkpoints(result.folder)
-    assert damage(newest) is None and damage(older) is None
+def test_damage_is_named_and_latest_goes_back(saved, fault, caplog):
+    assert undamaged_steps(saved) == [5, 3]
+    newest, older = list_checkpoints(saved)
     victim = newest / VICTIMS.get(fault, "model.safetensors")
     content = bytearray(victim.read_bytes())
     if fault == "truncated":
@@ -277,8 +255,7 @@ def test_damage_is_named_and_latest_goes_back(run, fault, caplog):
         content[len(content) // 2] ^= 1
         victim.write_bytes(content)
     assert victim.name in damage(newest)
-    saving.logger.propagate = True
-    latest = tiny_config(output_dir=str(result.folder), resume_from="latest")
+    latest = tiny_config(output_dir=str(saved), resume_from="latest")
     assert find_checkpoint(latest) == older
     assert f"{newest} is damaged" in caplog.text and victim.name in caplog.text
     with pytest.raises(UserError, match=victim.name):
@@ -290,14 +267,14 @@ def test_damage_is_named_and_latest_goes_back(run, fault, caplog):
 
 def test_checkpoints_after_the_one_resumed_are_not_of_the_run_any_more(run, caplog):
     """Or they would win over those of the run that goes on, also where they are damaged."""
-    saving.logger.propagate = True
     stopped = run(stop_after=6, save_steps=3, num_steps=9)
     damaged = stopped.folder / "checkpoint-6" / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     latest = tiny_config(output_dir=str(stopped.folder), resume_from="latest")
     checkpoint = find_checkpoint(latest)
     assert checkpoint.name == "checkpoint-3"
-    run(checkpoint=checkpoint, stop_after=5, keep_checkpoints=1, num_steps=9)
+    resumed = run(checkpoint=checkpoint, stop_after=5, keep_checkpoints=1, num_steps=9)
+    assert [m["global_step"] for m in resumed.metrics] == [1, 2, 3, 4, 5]
     assert "it is abandoned-checkpoint-6 now" in caplog.text
     assert find_checkpoint(latest).name == "checkpoint-5"
     assert (stopped.folder / "abandoned-checkpoint-6").is_dir()
@@ -307,16 +284,14 @@ def test_checkpoints_after_the_one_resumed_are_not_of_the_run_any_more(run, capl
     shutil.copytree(stopped.folder / "checkpoint-5", stopped.folder / "checkpoint-6")
     rewind_files(stopped.folder / "checkpoint-5")
     names = {path.name for path in stopped.folder.glob("abandoned-*")}
-    assert names == {"abandoned-checkpoint-6", "abandoned-checkpoint-6-again"}
+    assert names == {"abandoned-checkpoint-6", "abandoned-checkpoint-6-2"}
 
 
-def test_a_finished_run_goes_on_where_it_ended(run):
+def test_a_finished_run_goes_on_where_it_ended(run, saved):
     """With more epochs; the last step is saved whatever --save_steps says."""
-    finished = run(num_steps=6)
-    (checkpoint,) = list_checkpoints(finished.folder)
-    assert checkpoint.name == "checkpoint-6"
-    longer = run(checkpoint=checkpoint, num_steps=8)
-    assert [m["global_step"] for m in longer.metrics] == list(range(1, 9))
+    longer = run("saved", checkpoint=saved / "checkpoint-5", num_steps=7)
+    assert [m["global_step"] for m in longer.metrics] == list(range(1, 8))
+    assert undamaged_steps(saved) == [7, 5]
 
 
 def test_other_samples_left_out_make_another_run(mixed_data, tiny_folder):
@@ -327,135 +302,73 @@ def test_other_samples_left_out_make_another_run(mixed_data, tiny_folder):
     assert digest(2000) == digest(3000) != digest(100)
 
 
-def test_the_last_export_waits_for_room(monkeypatch, caplog, tmp_path):
-    saving.logger.propagate = True
-    monkeypatch.setattr(saving, "EXPORT_AGAIN_SECONDS", 0)
-    tries = []
-
-    def export(folder):
-        tries.append(folder)
-        if len(tries) < 3:
-            raise OSError(28, "No space left on device")
-
-    saving.export_at_last(export, tmp_path, 7)
-    assert tries == [tmp_path] * 3 and caplog.text.count("Make room: trying again") == 2
-    # A signal ends the waiting; a run whose last step is saved can go on.
-    monkeypatch.setattr(saving, "EXPORT_AGAIN_SECONDS", 60)
-    monkeypatch.setattr(StopSignal, "was_noted", True)
-    for code in (1, EXIT_STOPPED):
-        tries.clear()
-        with pytest.raises(SystemExit) as info:
-            saving.export_at_last(export, tmp_path, 7)
-        assert info.value.code == code
-        (tmp_path / "checkpoint-7").mkdir(exist_ok=True)
+def test_a_full_disk_at_the_very_end_names_the_checkpoint(monkeypatch, tmp_path):
+    """It is a model folder too, so there is nothing to wait for."""
+    monkeypatch.setattr(saving, "export_model", Mock(side_effect=OSError(28, FULL)))
+    with pytest.raises(UserError, match=f"{FULL}.*newest checkpoint in that folder is a mod"):
+        saving.finish_run(torch.nn.Linear(1, 1), None, tiny_config(output_dir=str(tmp_path)), 0.0)
 
 
-def test_another_run_is_refused_and_every_difference_named(run, mixed_data, caplog):
-    saving.logger.propagate = True
-    result = run(stop_after=2)
-    checkpoint = result.folder / "checkpoint-2"
-    flags = FLAGS | {"output_dir": str(result.folder), "train_data": [mixed_data]}
+def test_another_run_is_refused_and_every_difference_named(finished, mixed_data, caplog):
+    checkpoint, digest = finished.folder / "checkpoint-3", finished.data.digest
+    flags = FLAGS | {"output_dir": str(finished.folder), "train_data": [mixed_data]}
     fine = tiny_config(**flags | {"num_epochs": 9, "max_tokens": 99, "num_workers": 7})
-    check_same_run(checkpoint, fine, result.data.digest, 36)
+    check_same_run(checkpoint, fine, digest, 36)
     assert "--num_epochs: was 5, is 9: the learning rate follows" in caplog.text
     with pytest.raises(UserError, match="has done more than the 1 steps"):
-        check_same_run(checkpoint, fine, result.data.digest, 1)
+        check_same_run(checkpoint, fine, digest, 1)
     other = tiny_config(**flags | {"learning_rate": 0.5, "seed": 3})
     with pytest.raises(UserError) as info:
         check_same_run(checkpoint, other, "another digest", 1)
-    for words in (
-        "--learning_rate: was 0.001, is 0.5",
-        "--seed: was 0, is 3",
-        "the data have changed",
-        "new run",
-    ):
-        assert words in str(info.value)
+    changed = ("--learning_rate: was 0.001, is 0.5", "--seed: was 0, is 3", "the data have changed")
+    assert all(words in str(info.value) for words in (*changed, "new run"))
     assert "batch_size" not in str(info.value)
 
 
-def test_output_folders_that_do_not_fit(run, tmp_path):
-    result = run(stop_after=2)
+def test_output_folders_that_do_not_fit(finished, tmp_path):
     with pytest.raises(UserError, match="--resume_from latest"):
-        make_output_dir(result.config, None)
+        open_output_dir(finished.config, CPU, None)
     elsewhere = tiny_config(output_dir=str(tmp_path / "other"))
     with pytest.raises(UserError, match="its own folder"):
-        make_output_dir(elsewhere, result.folder / "checkpoint-2")
+        open_output_dir(elsewhere, CPU, finished.folder / "checkpoint-3")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
-        make_output_dir(tiny_config(output_dir=str(tmp_path / "file" / "out")), None)
+        open_output_dir(tiny_config(output_dir=str(tmp_path / "file" / "out")), CPU, None)
     with pytest.raises(UserError, match="no usable checkpoint"):
         find_checkpoint(tiny_config(output_dir=str(tmp_path / "other"), resume_from="latest"))
 
 
-def test_a_full_disk_is_told_survived_and_tried_again(run, monkeypatch, caplog):
-    saving.logger.propagate = True
-    disk_usage, calls = shutil.disk_usage, []
+@pytest.mark.parametrize(
+    "module, name, fault, said",
+    [
+        (saving.shutil, "disk_usage", [SimpleNamespace(free=1000)], "GiB are free"),
+        (load, "_write_model", SafetensorError(f"I/O error: {FULL} (os error 28)"), FULL),
+        (saving._ShardWriter, "_write_data", OSError(28, FULL), FULL),
+    ],
+    ids=["before", "export", "shards"],
+)
+def test_a_full_disk_is_told_survived_and_tried_again(
+    run, module, name, fault, said, monkeypatch, caplog, tmp_path
+):
+    def be_full_at_save(number):
+        original, calls = getattr(module, name), itertools.count(1)
+        full = Mock(side_effect=fault)
 
-    def full_at_the_second_save(path):
-        calls.append(path)
-        return SimpleNamespace(free=1000) if len(calls) == 2 else disk_usage(path)
+        def write(*args):
+            return (full if next(calls) == number else original)(*args)
 
-    monkeypatch.setattr(saving.shutil, "disk_usage", full_at_the_second_save)
+        monkeypatch.setattr(module, name, write)
+
+    be_full_at_save(2)
     result = run(save_steps=2, num_steps=6)
-    assert [p.name for p in list_checkpoints(result.folder)] == ["checkpoint-6", "checkpoint-2"]
-    assert "checkpoint-4 could not be written" in caplog.text and "GiB are free" in caplog.text
+    assert undamaged_steps(result.folder) == [6, 2]
+    assert "checkpoint-4 could not be written" in caplog.text and said in caplog.text
     assert not list(result.folder.glob(".*"))
     # After a signal, nobody may think that the steps are saved.
-    calls[:] = [None]
-    run("stopped", stop_after=3, exit_code=1)
+    be_full_at_save(1)
+    run("stopped", stop_after=3)
     assert "stopped after step 3, which is NOT saved" in caplog.text
-    assert "go on with" not in caplog.text
-
-
-@pytest.mark.parametrize("what", ["export", "shards"])
-def test_a_disk_that_fills_up_while_writing_is_survived(run, what, monkeypatch, caplog):
-    saving.logger.propagate = True
-    module, name = {
-        "export": (load, "_write_model"),
-        "shards": (saving._ShardWriter, "_write_data"),
-    }[what]
-    original, calls = getattr(module, name), []
-
-    def full_at_the_second_save(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            message = "I/O error: No space left on device (os error 28)"
-            raise SafetensorError(message) if what == "export" else OSError(28, message)
-        return original(*args)
-
-    monkeypatch.setattr(module, name, full_at_the_second_save)
-    result = run(save_steps=2, num_steps=6)
-    assert [p.name for p in list_checkpoints(result.folder)] == ["checkpoint-6", "checkpoint-2"]
-    assert "checkpoint-4 could not be written" in caplog.text
-    assert "No space left on device" in caplog.text
-    assert not list(result.folder.glob(".*"))
-
-
-def test_shards_go_into_several_files_and_come_back(run, monkeypatch):
-    """What is copied from a GPU is in main memory until its file is closed."""
-    monkeypatch.setattr(saving, "SHARD_FILE_BYTES", 5 * 2**20)
-    stopped = run("broken", stop_after=7)
-    files = list((stopped.folder / "checkpoint-7" / "resume").glob("*.distcp"))
-    sizes = [path.stat().st_size for path in files]
-    assert len(files) >= 8 and max(sizes) < 8 * 2**20
-    resumed = run("broken", checkpoint=stopped.folder / "checkpoint-7")
-    assert torch.equal(resumed.weights, run("straight").weights)
-
-
-def test_what_is_saved_is_not_written_again(run, monkeypatch, tmp_path):
-    """As before a bad step, after a save."""
-    rename, seen = os.rename, []
-
-    def look(source, target):
-        rename(source, target)
-        seen.append(target.name)
-
-    monkeypatch.setattr(saving.os, "rename", look)
-    monkeypatch.setattr(finetune, "cross_entropy_sum", BrokenLoss({4}))
-    with pytest.raises(UserError, match="step 4"):
-        run(max_tokens=10**6, save_steps=1)
-    assert seen.count("checkpoint-3") == 1
-    assert damage(tmp_path / "out" / "checkpoint-3") is None
+    assert "go on with" not in caplog.text and not list_checkpoints(tmp_path / "stopped")
 
 
 def test_a_vanished_output_folder_is_survived(run, monkeypatch, tmp_path):
@@ -472,61 +385,59 @@ def test_a_vanished_output_folder_is_survived(run, monkeypatch, tmp_path):
     waiting.append({"global_step": 1})
     (tmp_path / "gone").mkdir()
     waiting.append({"global_step": 2})
-    lines = (tmp_path / "gone" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["global_step"] for line in lines] == [1, 2]
+    assert [row["global_step"] for row in read_metrics(tmp_path / "gone")] == [1, 2]
 
 
-class BrokenLoss:
-    """torch.nn.functional whose losses are infinite in chosen calls."""
-
-    def __init__(self, bad_calls):
-        self.bad_calls, self.calls = bad_calls, 0
-
-    def __call__(self, logits, targets):
-        self.calls += 1
-        loss = cross_entropy_sum(logits, targets)
-        return loss * float("inf") if self.calls in self.bad_calls else loss
-
-
-def test_a_bad_step_stops_with_the_last_good_state(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(finetune, "cross_entropy_sum", BrokenLoss({4}))
+@pytest.mark.parametrize("save_steps", [3, 100])
+def test_a_bad_step_stops_with_the_last_good_state(run, save_steps, monkeypatch, tmp_path):
+    """What is saved already is not written again; before the first step, there is nothing."""
+    flags = WHOLE | {"num_steps": 6, "save_steps": save_steps}
+    with pytest.raises(UserError, match="step 1: loss inf"):
+        run("first", bad_losses={1}, **flags)
+    assert not list_checkpoints(tmp_path / "first")
+    rename = Mock(side_effect=os.rename)
+    monkeypatch.setattr(saving.os, "rename", rename)
     with pytest.raises(UserError, match="step 4: loss inf.*Samples of this step"):
-        run(max_tokens=10**6)
+        run(bad_losses={4}, **flags)
     checkpoint = tmp_path / "out" / "checkpoint-3"
-    assert damage(checkpoint) is None
-    monkeypatch.setattr(finetune, "cross_entropy_sum", cross_entropy_sum)
-    resumed = run(checkpoint=checkpoint, max_tokens=10**6)
-    straight = run("straight", max_tokens=10**6)
+    assert [call.args[1] for call in rename.call_args_list].count(checkpoint) == 1
+    assert undamaged_steps(tmp_path / "out") == [3]
+    resumed = run(checkpoint=checkpoint, **flags)
+    assert torch.equal(resumed.weights, run("straight", **flags).weights)
+
+
+def test_steps_that_changed_nothing_are_saved_and_resumed_exactly(run):
+    """torch would make AdamW's state up by a step of its own, which AdamW then counts."""
+    flags = WHOLE | {"skip_bad_steps": 1, "num_steps": 4, "keep_checkpoints": 9}
+    often, never = (
+        run(str(save_steps), save_steps=save_steps, bad_losses={1}, **flags)
+        for save_steps in (1, 100)
+    )
+    assert torch.equal(often.weights, never.weights)
+    first = often.folder / "checkpoint-1"
+    assert damage(first) is None
+    assert torch.equal(run("1", checkpoint=first, **flags).weights, often.weights)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_another_optimizer_is_saved_and_resumed(run, monkeypatch, momentum):
+    """Plain SGD has no state at all: whether there is anything to save depends on steps done."""
+
+    def sgd(model, config):
+        return torch.optim.SGD(parameter_groups(model, config), lr=0.0, momentum=momentum)
+
+    monkeypatch.setattr(finetune, "build_optimizer", sgd)
+    straight = run("straight", num_steps=6)
+    stopped = run("broken", num_steps=6, stop_after=3)
+    resumed = run("broken", num_steps=6, checkpoint=stopped.folder / "checkpoint-3")
+    assert losses(resumed) == losses(straight)
     assert torch.equal(resumed.weights, straight.weights)
 
 
-def test_a_bad_first_step_leaves_no_checkpoint_that_cannot_be_resumed(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(finetune, "cross_entropy_sum", BrokenLoss({1}))
-    with pytest.raises(UserError, match="step 1: loss inf"):
-        run(max_tokens=10**6)
-    assert not list_checkpoints(tmp_path / "out")
-
-
-def test_saving_before_anything_was_trained_changes_nothing(run, monkeypatch, tmp_path):
-    """torch would make AdamW's state up by a step of its own, which AdamW then counts."""
-    results = []
-    for name, save_steps in (("saved", 1), ("unsaved", 100)):
-        monkeypatch.setattr(finetune, "cross_entropy_sum", BrokenLoss({1}))
-        flags = {"max_tokens": 10**6, "skip_bad_steps": 1, "keep_checkpoints": 9}
-        results.append(run(name, save_steps=save_steps, num_steps=4, **flags))
-    assert torch.equal(*(result.weights for result in results))
-    assert [p.name for p in list_checkpoints(results[0].folder)][-1] == "checkpoint-2"
-    monkeypatch.setattr(finetune, "cross_entropy_sum", BrokenLoss({1, 2}))
-    with pytest.raises(UserError, match="step 2"):
-        run("never", max_tokens=10**6, skip_bad_steps=1)
-    assert not list_checkpoints(tmp_path / "never")
-
-
-def test_bad_steps_can_be_skipped_but_not_too_many_in_a_row(run, monkeypatch):
-    monkeypatch.setattr(finetune, "cross_entropy_sum", BrokenLoss({2, 3, 6}))
-    result = run(max_tokens=10**6, skip_bad_steps=2, num_steps=7)
+def test_bad_steps_can_be_skipped_but_not_too_many_in_a_row(run):
+    flags = WHOLE | {"skip_bad_steps": 2, "num_steps": 7}
+    result = run(bad_losses={2, 3, 6}, **flags)
     assert [m["global_step"] for m in result.metrics if m["loss"] is None] == [2, 3, 6]
     assert torch.isfinite(result.weights).all()
-    monkeypatch.setattr(finetune, "cross_entropy_sum", BrokenLoss({2, 3, 4}))
     with pytest.raises(UserError, match="step 4"):
-        run("again", max_tokens=10**6, skip_bad_steps=2, num_steps=7)
+        run("again", bad_losses={2, 3, 4}, **flags)

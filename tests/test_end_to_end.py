@@ -1,37 +1,19 @@
 """The real scripts as a user runs them, on tiny."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import REPO
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-# Two test processes share two cores.
-ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+import check_data
+import finetune
+import test_on_trained_model_by_us
+from helpers import REPO, call, read_metrics, run_script
 
-
-def run_script(*command, cwd=REPO, code=0, **environment):
-    """Run a command and return what it printed, both streams."""
-    command = [str(part) for part in command]
-    if command[0].endswith(".py"):
-        command.insert(0, sys.executable)
-    result = subprocess.run(
-        command,
-        cwd=cwd,
-        env=ENVIRONMENT | environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-    )
-    assert result.returncode == code, result.stdout
-    return result.stdout
+SHIPPED = REPO / "train_data" / "data.json"
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +26,12 @@ def default_run(tmp_path_factory):
 
 def test_the_default_run_learns(default_run):
     output_dir, printed = default_run
-    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
-    metrics = [json.loads(line) for line in lines]
+    metrics = read_metrics(output_dir)
     assert metrics[-1]["loss"] < 0.1 * metrics[0]["loss"]
     assert [m["global_step"] for m in metrics] == list(range(1, len(metrics) + 1))
     assert set(metrics[0]) == {
         *("global_step", "epoch", "loss", "learning_rate", "grad_norm", "num_samples"),
-        "num_bad_samples",
-        *("num_micro_batches", "num_tokens", "num_supervised_tokens", "seconds"),
+        *("num_bad_samples", "num_micro_batches", "num_tokens", "num_supervised_tokens", "seconds"),
         *("tokens_per_second", "supervised_tokens_per_second", "data_wait_share"),
         *("tflops_per_second", "mfu", "peak_memory_gib"),
     }
@@ -80,37 +60,24 @@ def test_the_folder_loads_and_generates_alike_in_a_batch_and_alone(default_run):
     assert model.dtype == torch.bfloat16
     model = model.float()
     processor = AutoProcessor.from_pretrained(output_dir)
-    rows = json.loads((REPO / "train_data" / "data.json").read_text(encoding="utf-8"))
-    chosen = [rows[i]["messages"][:1] for i in (0, 7, 10)]
-    for message in chosen:
-        for item in message[0]["content"]:
-            if isinstance(item, dict) and item["type"] == "image":
-                item["image"] = Image.open(REPO / "train_data" / item["image"])
+    rows = [row["messages"] for row in json.loads(SHIPPED.read_text(encoding="utf-8"))]
 
     def generate(conversations):
-        pictures = [
-            item["image"]
-            for conversation in conversations
-            for item in conversation[0]["content"]
-            if isinstance(item, dict) and item["type"] == "image"
-        ]
+        items = [item for (message,) in conversations for item in message["content"]]
+        pictures = [Image.open(SHIPPED.parent / item["image"]) for item in items if "image" in item]
         prompts = processor.apply_chat_template(
             conversations, tokenize=False, add_generation_prompt=True
         )
         inputs = processor(text=prompts, images=pictures or None, padding=True, return_tensors="pt")
         output = model.generate(**inputs, do_sample=False, max_new_tokens=80)
-        return processor.batch_decode(
-            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        answers = output[:, inputs["input_ids"].shape[1] :]
+        return processor.batch_decode(answers, skip_special_tokens=True)
 
+    chosen = [rows[i][:1] for i in (0, 7, 10)]
     together = generate(chosen)
     assert together == [generate([conversation])[0] for conversation in chosen]
     # Plain transformers, with the saved processor, sees what training saw.
-    assert together == [rows[i]["messages"][1]["content"] for i in (0, 7, 10)]
-
-
-def count_equal(printed):
-    return tuple(map(int, re.search(r"(\d+) of (\d+) answers equal", printed).groups()))
+    assert together == [rows[i][1]["content"] for i in (0, 7, 10)]
 
 
 def test_trained_model_knows_its_answers_and_the_base_model_none(default_run):
@@ -118,8 +85,8 @@ def test_trained_model_knows_its_answers_and_the_base_model_none(default_run):
     training = ("--prompts", "train_data/data.json", "--model_dir", output_dir)
     trained = run_script("test_on_trained_model_by_us.py", *training)
     base = run_script("test_on_official_model.py", *training)
-    assert count_equal(trained)[0] >= 10 and count_equal(trained)[1] == 12
-    assert count_equal(base) == (0, 12)
+    counts = [re.search(r"(\d+) of 12 answers equal", printed)[1] for printed in (trained, base)]
+    assert int(counts[0]) >= 10 and counts[1] == "0"
 
     def without_answers(printed):
         printed = re.sub(r"^answer: .*?^reference: ", "reference: ", printed, flags=re.M | re.S)
@@ -130,31 +97,28 @@ def test_trained_model_knows_its_answers_and_the_base_model_none(default_run):
     assert limits in trained.splitlines()[0] and limits in base.splitlines()[0]
 
 
-def test_the_prompts_that_ship(default_run):
+def test_the_prompts_that_ship(default_run, capsys):
     output_dir, _ = default_run
-    printed = run_script(
-        "test_on_trained_model_by_us.py", "--model_dir", output_dir, "--max_new_tokens", 8
-    )
+    call(test_on_trained_model_by_us, "--model_dir", output_dir, "--max_new_tokens", 8)
+    printed = capsys.readouterr().out
     prompts = json.loads((REPO / "test_data" / "prompts.json").read_text(encoding="utf-8"))
     assert re.findall(r"^=== (.+)$", printed, re.M) == [prompt["id"] for prompt in prompts]
     assert len(re.findall(r"^answer: ", printed, re.M)) == len(prompts)
 
 
 def test_a_bf16_run_follows_the_fp32_run(tmp_path):
-    losses = {}
+    flags = ["--model_name_or_path", "tiny", "--device", "cpu", "--num_workers", 0]
+    flags += ["--max_steps", 5, "--max_tokens", 400]
     for precision in ("bf16", "fp32"):
-        run_script(
-            *("finetune.py", "--max_steps", 5, "--output_dir", tmp_path / precision),
-            *("--precision", precision, "--max_tokens", 400),
-        )
-        lines = (tmp_path / precision / "metrics.jsonl").read_text().splitlines()
-        losses[precision] = [json.loads(line)["loss"] for line in lines]
-    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=5e-3)
-    assert losses["bf16"] != losses["fp32"], "bf16 computed in fp32"
+        call(finetune, *flags, "--precision", precision, "--output_dir", tmp_path / precision)
+    bf16, fp32 = ([m["loss"] for m in read_metrics(tmp_path / name)] for name in ("bf16", "fp32"))
+    assert bf16 == pytest.approx(fp32, rel=5e-3)
+    assert bf16 != fp32, "bf16 computed in fp32"
 
 
-def test_check_data_shows_what_is_trained():
-    printed = run_script("check_data.py", "--train_data", "train_data/data.json", "--show", 3)
+def test_check_data_shows_what_is_trained(capsys):
+    call(check_data, "--train_data", SHIPPED, "--model_name_or_path", "tiny", "--show", 3)
+    printed = capsys.readouterr().out
     shown = json.loads(printed.splitlines()[-1])
     assert len(shown["input_ids"]) == len(shown["labels"])
     assert (

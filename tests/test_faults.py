@@ -11,11 +11,20 @@ import time
 
 import pytest
 import torch
-from conftest import REPO, assistant, image, make_image, user, write_data
 from safetensors.torch import load_file
-from test_end_to_end import ENVIRONMENT, run_script
 
-from util.checkpoint import damage, list_checkpoints
+from helpers import (
+    assistant,
+    finish,
+    image,
+    make_image,
+    run_script,
+    start,
+    undamaged_steps,
+    user,
+    wait_for,
+    write_data,
+)
 from util.run import EXIT_STOPPED
 
 NUM_STEPS = 40
@@ -30,58 +39,28 @@ def data(tmp_path_factory):
     return write_data(folder / "data.json", conversations)
 
 
-def flags(data, output_dir, *more):
+def command(data, output_dir, *more):
+    """Return the command of a run, which goes on where there is a checkpoint."""
+    resume = ("--resume_from", "latest") if undamaged_steps(output_dir) else ()
     return [
-        *("--model_name_or_path", "tiny", "--train_data", data, "--max_steps", NUM_STEPS),
-        *("--output_dir", output_dir, "--save_steps", 3, "--num_workers", 1, *more),
+        *(sys.executable, "finetune.py", "--model_name_or_path", "tiny", "--train_data", data),
+        *("--max_steps", NUM_STEPS, "--output_dir", output_dir, "--save_steps", 3),
+        *("--num_workers", 1, *resume, *more),
     ]
-
-
-def start(*arguments):
-    """Start finetune.py in a process group of its own."""
-    command = [sys.executable, "finetune.py", *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        cwd=REPO,
-        env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-
-
-def wait_for(condition, process, seconds=120):
-    """Wait until `condition` holds, or the process has ended."""
-    deadline = time.monotonic() + seconds
-    while not condition() and process.poll() is None:
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.01)
 
 
 def logged_steps(output_dir):
     path = output_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    try:
-        return [json.loads(line)["global_step"] for line in lines]
-    except json.JSONDecodeError:  # a line that is being written
-        return [json.loads(line)["global_step"] for line in lines[:-1]]
+    # A line that is being written does not end yet.
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line)["global_step"] for line in lines]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("undisturbed") / "out"
-    run_script("finetune.py", *flags(data, output_dir), OMP_NUM_THREADS="1")
+    run_script(*command(data, output_dir))
     return load_file(output_dir / "model.safetensors")
-
-
-def resume_flags(output_dir):
-    return ("--resume_from", "latest") if list_checkpoints(output_dir) else ()
-
-
-def clear_before_the_first_checkpoint(output_dir):
-    if output_dir.exists() and not list_checkpoints(output_dir):
-        shutil.rmtree(output_dir)
 
 
 def assert_same_end(output_dir, undisturbed):
@@ -91,16 +70,16 @@ def assert_same_end(output_dir, undisturbed):
     assert all(torch.equal(final[name], undisturbed[name]) for name in final)
 
 
-def kill_and_resume(data, output_dir, undisturbed, num_kills, seed):
-    """Kill a run again and again, at a random moment after a random step or during a save."""
-    generator = random.Random(seed)
+@pytest.mark.parametrize("num_kills, seed", [(5, 0), pytest.param(30, 1, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_again_and_again(num_kills, seed, data, undisturbed, tmp_path):
+    """At a random moment after a random step, or during a save."""
+    generator, output_dir = random.Random(seed), tmp_path / "out"
     for number in range(num_kills):
-        clear_before_the_first_checkpoint(output_dir)
-        done = max([int(p.name.split("-")[1]) for p in list_checkpoints(output_dir)], default=0)
-        if done >= NUM_STEPS - 3:
-            shutil.rmtree(output_dir)
+        done = max(undamaged_steps(output_dir), default=0)
+        if done == 0 or done >= NUM_STEPS - 3:
+            shutil.rmtree(output_dir, ignore_errors=True)
             done = 0
-        process = start(*flags(data, output_dir), *resume_flags(output_dir))
+        process = start(*command(data, output_dir))
         if number % 2:
             wait_for(lambda: list(output_dir.glob(".checkpoint-*.partial")), process)
             time.sleep(generator.uniform(0, 0.05))
@@ -111,74 +90,49 @@ def kill_and_resume(data, output_dir, undisturbed, num_kills, seed):
         assert process.poll() is None, process.stdout.read()
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        for checkpoint in list_checkpoints(output_dir):
-            assert damage(checkpoint) is None
         # No finished one is lost: at most three steps have to be done again.
-        kept = max([int(p.name.split("-")[1]) for p in list_checkpoints(output_dir)], default=0)
+        kept = max(undamaged_steps(output_dir), default=0)
         assert kept >= max(done, (max(logged_steps(output_dir), default=0) - 1) // 3 * 3)
-    clear_before_the_first_checkpoint(output_dir)
-    run_script(
-        "finetune.py", *flags(data, output_dir), *resume_flags(output_dir), OMP_NUM_THREADS="1"
-    )
+    if not kept:
+        shutil.rmtree(output_dir)
+    run_script(*command(data, output_dir))
     assert_same_end(output_dir, undisturbed)
 
 
-def test_killed_five_times(data, undisturbed, tmp_path):
-    kill_and_resume(data, tmp_path / "out", undisturbed, 5, seed=0)
-
-
-@pytest.mark.slow
-def test_killed_thirty_times(data, undisturbed, tmp_path):
-    kill_and_resume(data, tmp_path / "out", undisturbed, 30, seed=1)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_whole_group_saves_and_stops(number, data, undisturbed, tmp_path):
-    output_dir = tmp_path / "out"
-    process = start(*flags(data, output_dir), "--save_steps", 1000)
-    wait_for(lambda: len(logged_steps(output_dir)) >= 2, process)
-    os.killpg(process.pid, number)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == EXIT_STOPPED, printed
-    assert number.name in printed and "--resume_from latest" in printed
-    assert "Traceback" not in printed
-    (checkpoint,) = list_checkpoints(output_dir)
-    assert checkpoint.name == f"checkpoint-{logged_steps(output_dir)[-1]}"
-    if number == signal.SIGINT:
-        return  # the other signal's checkpoint is resumed
-    run_script(
-        "finetune.py",
-        *(*flags(data, output_dir), "--save_steps", 1000, "--resume_from", "latest"),
-        OMP_NUM_THREADS="1",
-    )
-    assert_same_end(output_dir, undisturbed)
-
-
-@pytest.mark.parametrize("when", ["loading", "saving"])
-def test_a_signal_while_data_are_read_or_a_checkpoint_is_written(when, data, tmp_path):
-    output_dir = tmp_path / "out"
+@pytest.mark.parametrize(
+    "number, when",
+    [
+        *((signal.SIGTERM, when) for when in ("training", "loading", "saving")),
+        (signal.SIGINT, "training"),
+    ],
+)
+def test_a_signal_to_the_whole_group_saves_and_stops(number, when, data, undisturbed, tmp_path):
+    output_dir, num_steps = tmp_path / "out", 1 if when == "loading" else 2
     if when == "loading":  # every picture takes its time, and there are no workers to read ahead
         slow = [str(make_image(tmp_path / f"{i}.png", 2400, 2400, i)) for i in range(4)]
         samples = [[user(*map(image, slow)), assistant("x")] for _ in range(8)]
         data = write_data(tmp_path / "slow.json", samples)
-    more = ("--save_steps", 1 if when == "saving" else 1000, "--num_workers", 0)
-    process = start(*flags(data, output_dir, *more))
+    more = ("--save_steps", 1 if when == "saving" else 1000)
+    workers = ("--num_workers", 1 if when == "training" else 0)
+    process = start(*command(data, output_dir, *more, *workers))
+    wait_for(lambda: len(logged_steps(output_dir)) >= num_steps, process)
     if when == "saving":
-        wait_for(lambda: len(logged_steps(output_dir)) >= 2, process)
         wait_for(lambda: list(output_dir.glob(".checkpoint-*.partial")), process)
-    else:
-        wait_for(lambda: len(logged_steps(output_dir)) >= 1, process)
-    process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == EXIT_STOPPED, printed
-    newest = list_checkpoints(output_dir)[0]
-    assert newest.name == f"checkpoint-{logged_steps(output_dir)[-1]}" and damage(newest) is None
+    os.killpg(process.pid, number)
+    printed = finish(process, 120, code=EXIT_STOPPED)
+    assert number.name in printed and "--resume_from latest" in printed
+    assert "Traceback" not in printed
+    assert undamaged_steps(output_dir)[0] == logged_steps(output_dir)[-1]
+    assert when == "saving" or len(undamaged_steps(output_dir)) == 1
     assert not list(output_dir.glob(".checkpoint-*"))
+    if (number, when) == (signal.SIGTERM, "training"):  # the others are resumed likewise
+        run_script(*command(data, output_dir, *more))
+        assert_same_end(output_dir, undisturbed)
 
 
 def test_a_second_signal_ends_at_once(data, tmp_path):
     # Each save takes its time here, as those of real models do.
-    process = start(*flags(data, tmp_path / "out", "--save_steps", 1))
+    process = start(*command(data, tmp_path / "out", "--save_steps", 1))
     wait_for(lambda: len(logged_steps(tmp_path / "out")) >= 2, process)
     process.send_signal(signal.SIGTERM)
     log = tmp_path / "out" / "train.log"
@@ -186,8 +140,7 @@ def test_a_second_signal_ends_at_once(data, tmp_path):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
     assert process.returncode in (-signal.SIGTERM, -signal.SIGINT)
-    for checkpoint in list_checkpoints(tmp_path / "out"):
-        assert damage(checkpoint) is None
+    assert undamaged_steps(tmp_path / "out")
 
 
 def test_a_file_system_that_fills_up(data, tmp_path):
@@ -200,15 +153,13 @@ def test_a_file_system_that_fills_up(data, tmp_path):
         # One checkpoint fits, a second does not until the ballast is gone.
         (disk / "ballast").write_bytes(bytes(60 * 2**20))
         output_dir = disk / "out"
-        process = start(*flags(data, output_dir, "--keep_checkpoints", 1))
+        process = start(*command(data, output_dir, "--keep_checkpoints", 1))
         wait_for(lambda: len(logged_steps(output_dir)) >= 20, process)
-        assert [p.name for p in list_checkpoints(output_dir)] == ["checkpoint-3"]
+        assert undamaged_steps(output_dir) == [3]
         (disk / "ballast").unlink()
-        printed, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, printed
+        printed = finish(process, 120)
         assert "checkpoint-6 could not be written" in printed and "are free" in printed
-        (newest,) = list_checkpoints(output_dir)
-        assert newest.name == f"checkpoint-{NUM_STEPS}" and damage(newest) is None
+        assert undamaged_steps(output_dir) == [NUM_STEPS]
         assert logged_steps(output_dir) == list(range(1, NUM_STEPS + 1))
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -1,20 +1,18 @@
 """What only a GPU can show; all of it is skipped without one."""
 
-import json
 import shutil
 
 import pytest
 import torch
 import transformers
-from conftest import encoder_for, set_up, tiny_config
-from test_end_to_end import run_script
 from transformers.utils import is_flash_attn_2_available
 
+from helpers import autocast, encoder_for, read_metrics, run_script, set_up, tiny_config
 from util.data.batch import pack
+from util.model import load
 from util.model.inputs import InputBuilder
 from util.model.load import load_model
 from util.model.loss import cross_entropy_sum
-from util.model.parts import choose_autocast
 from util.optim import build_optimizer
 from util.tools.planner import GIB, largest_micro_batch, plan_memory
 
@@ -30,8 +28,7 @@ def train(data, output_dir, *more):
     flags = ["--model_name_or_path", "tiny", "--train_data", data, "--batch_size", 8]
     flags += ["--max_tokens", 400, "--num_epochs", 3, "--output_dir", output_dir]
     run_script("finetune.py", *flags, *more)
-    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = read_metrics(output_dir)
     assert [row["global_step"] for row in rows] == list(range(1, len(rows) + 1))
     return [row["loss"] for row in rows], [row["grad_norm"] for row in rows]
 
@@ -64,14 +61,15 @@ def test_a_run_on_a_gpu_is_resumed(precision, mixed_data, tmp_path):
 
 
 @pytest.mark.skipif(not is_flash_attn_2_available(), reason="needs flash-attn")
-def test_flash_attention_gives_what_packed_sdpa_gives(mixed_data, tiny_folder):
+def test_flash_attention_gives_what_packed_sdpa_gives(mixed_data, tiny_folder, monkeypatch):
     run = set_up(tiny_config(train_data=[mixed_data]), tiny_folder)
     micro_batch = pack([run.data.samples[i] for i in range(6)], encoder_for(tiny_folder))
     logits = []
     for attention in ("packed_sdpa", "flash_attention_2"):
-        model = load_model(tiny_folder, attention, CUDA, tiny_config(precision="bf16")).eval()
+        monkeypatch.setattr(load, "choose_attention", lambda *_, name=attention: name)
+        model = load_model(tiny_folder, CUDA, tiny_config(precision="bf16")).eval()
         build_inputs = InputBuilder(run.processor, attention, CUDA)
-        with torch.no_grad(), choose_autocast(CUDA, "bf16"):
+        with torch.no_grad(), autocast(CUDA, "bf16"):
             logits.append(model(**build_inputs(micro_batch)).logits.float())
     assert (logits[0] - logits[1]).abs().max() < 0.02 * logits[0].abs().max()
 
@@ -88,13 +86,13 @@ def test_the_planned_peak_is_that_of_the_gpu(flags, mixed_data, tiny_folder):
     micro_batch = run.data.samples.collate([run.data.samples[i] for i in samples])
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(CUDA)
-    model = load_model(tiny_folder, "packed_sdpa", CUDA, config).train()
+    model = load_model(tiny_folder, CUDA, config).train()
     optimizer = build_optimizer(model, config)
     build_inputs = InputBuilder(run.processor, "packed_sdpa", CUDA)
     for _ in range(2):  # the second one has the optimizer's state
         torch.cuda.reset_peak_memory_stats(CUDA)
         for _ in range(1 + is_accumulated):
-            with choose_autocast(CUDA, "bf16"):
+            with autocast(CUDA, "bf16"):
                 logits = model(**build_inputs(micro_batch)).logits
             loss_sum = cross_entropy_sum(logits, micro_batch.targets.to(CUDA))
             del logits

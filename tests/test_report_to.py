@@ -1,30 +1,26 @@
 """--report_to: the metrics arrive where they are sent, and a missing package is known at once."""
 
 import importlib.util
-import json
 import sys
 
 import pytest
-from conftest import assistant, user, write_data
 
 import finetune
+from helpers import assistant, call, read_metrics, user, write_data
 from util.config import UserError
 from util.logutil import MetricsFile
 
 
 @pytest.fixture
-def train(monkeypatch, tmp_path):
+def train(tmp_path):
     """Train two steps with --report_to; return the rows of metrics.jsonl."""
     data = write_data(tmp_path / "d.json", [[user("Hi"), assistant("Hello.")]])
+    flags = ("--model_name_or_path", "tiny", "--device", "cpu", "--num_workers", 0)
+    flags += ("--train_data", data, "--max_steps", 2, "--output_dir", tmp_path / "out")
 
     def run(report_to):
-        flags = ("--model_name_or_path", "tiny", "--device", "cpu", "--num_workers", "0")
-        flags = (*flags, "--train_data", data, "--max_steps", "2", "--report_to", report_to)
-        flags = (*flags, "--output_dir", str(tmp_path / "out"))
-        monkeypatch.setattr(sys, "argv", ["finetune.py", *flags])
-        finetune.main()
-        lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        call(finetune, *flags, "--report_to", report_to)
+        return read_metrics(tmp_path / "out")
 
     return run
 
@@ -64,7 +60,7 @@ def test_only_numbers_are_sent(tmp_path):
     row = {"global_step": 1, "loss": None, "num_text_tokens_by_rank": [3, 4], "seconds": 0.5}
     file.append(row)
     assert sent == [{"global_step": 1, "seconds": 0.5}]
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == row
+    assert read_metrics(tmp_path) == [row]
 
 
 def test_a_missing_package_is_an_error_before_anything_is_made(train, tmp_path, monkeypatch):

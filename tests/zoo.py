@@ -206,10 +206,11 @@ def smooth(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndar
     return np.stack([np.asarray(layer) for layer in layers], axis=-1)
 
 
-def encode_image(pixels: np.ndarray, form: str, **options) -> bytes:
+def encode_image(picture: np.ndarray | Image.Image, form: str, **options) -> bytes:
     """Return the file of a picture."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, form, **options)
+    picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    picture.save(buffer, form, **options)
     return buffer.getvalue()
 
 

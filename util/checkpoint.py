@@ -15,8 +15,6 @@ import os
 import pickle
 import re
 import shutil
-import sys
-import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -27,15 +25,24 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
 
 from util.config import Config, UserError
-from util.logutil import versions
-from util.run import EXIT_STOPPED, StopSignal, on_main_process
+from util.data.batch import PlannedData
+from util.logutil import log_left_out, plot_loss, setup_logging, versions
+from util.model.load import export_model
+from util.optim import moment_bytes
+from util.run import is_main_process, on_main_process, open_output_dir
 
 logger = logging.getLogger("finetune")
 
-EXPORT_AGAIN_SECONDS = 60
 # Bytes of a file of shards: so much of what is on a GPU is in main memory while it is written.
 SHARD_FILE_BYTES = 2**30
 # What .metadata of torch.distributed.checkpoint is made of, and nothing that could run code.
@@ -68,63 +75,35 @@ REWOUND_FILES = ("metrics.jsonl", "train.log")
 # ---------------------------------------------------------------- save
 
 
-def make_output_dir(config: Config, checkpoint: Path | None) -> Path:
-    """Return the output folder, made; new or empty, or that of the run to resume.
-
-    Raises UserError where it is neither, or cannot be written.
-    """
-    output_dir = Path(config.output_dir)
-    if checkpoint:
-        if output_dir.resolve() != checkpoint.resolve().parent:
-            raise UserError(
-                f"--output_dir {output_dir}: a resumed run goes on in its own folder, "
-                f"{checkpoint.parent}"
-            )
-    elif output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        hint = "--resume_from latest goes on with it, or " if list_checkpoints(output_dir) else ""
-        raise UserError(
-            f"--output_dir {output_dir}: exists and is not an empty folder: {hint}choose another "
-            "one, or delete it"
-        )
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir}: cannot be written: {error}") from error
-    return output_dir
-
-
 def save_checkpoint(
-    global_step: int, model, optimizer, export, config: Config, data_digest: str, eval_loss
+    global_step: int, model, optimizer, processor, config: Config, data: PlannedData, eval_loss
 ) -> bool:
     """Write checkpoint-<global_step> of a run and say whether it is there; old ones are deleted.
 
-    `export(folder)` writes the model folder. Called by all ranks. Where it fails (a full disk, a
-    vanished folder), that is logged, nothing is left of it, and earlier ones are untouched.
+    Before the first step there is nothing to save. `eval_loss`: of these weights, or None. Called
+    by all ranks. Where it fails (a full disk, a vanished folder), that is logged, nothing is left
+    of it, and earlier ones are untouched.
     """
     output_dir = Path(config.output_dir)
     final = output_dir / f"checkpoint-{global_step}"
     partial = output_dir / f".checkpoint-{global_step}.partial"
-    if not optimizer.state:  # torch would make it up, by a step of its own
-        if global_step:
-            logger.warning(f"{final} is not written: no step has changed the weights yet")
+    if global_step == 0:
         return False
     state = {
         "global_step": global_step,
         "config": dataclasses.asdict(config),
-        "data_digest": data_digest,
+        "data_digest": data.digest,
         "eval_loss": eval_loss,
     }
     try:
         if on_main_process(final.exists):
             return True
-        on_main_process(_start_writing, partial, model)
-        tensors = _state_dict(model, optimizer)
+        on_main_process(_start_writing, partial, model, config)
+        tensors = _state_dict(model, optimizer, has_moments=bool(optimizer.state))
         with _quiet():
             writer = _ShardWriter(partial / "resume", per_thread_copy_ahead=0)
             dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
-        _export(export, partial)
+        _export(model, processor, partial)
         on_main_process(config.save, partial / "config_used.json")
         on_main_process(_finish_writing, partial, final, state)
     except (OSError, CheckpointException) as error:
@@ -168,31 +147,34 @@ class _ShardWriter(dcp.FileSystemWriter):
         return super()._write_data(planner, file_queue)
 
 
-def export_at_last(export, output_dir: Path, num_steps: int) -> None:
-    """Write the model at the end of a run; where there is no room, wait until there is.
+def finish_run(model, processor, config: Config, started: float) -> None:
+    """Write the model folder and the plot at the end of a run, and say what one does next.
 
-    A signal ends the waiting, and the process: where the last step is saved, with code 75.
+    `started`: in seconds of time.perf_counter. Raises UserError where the model cannot be written;
+    the checkpoint of the last step is a model folder too.
     """
-    while True:
-        try:
-            return _export(export, output_dir)
-        except OSError as error:
-            logger.error(
-                f"{output_dir}: the model could not be written: {' '.join(str(error).split())}. "
-                f"Make room: trying again in {EXPORT_AGAIN_SECONDS} s"
-            )
-            for _ in range(EXPORT_AGAIN_SECONDS):
-                time.sleep(1)
-                if StopSignal.was_noted:
-                    is_saved = (output_dir / f"checkpoint-{num_steps}").is_dir()
-                    sys.exit(EXIT_STOPPED if is_saved else 1)
+    output_dir = Path(config.output_dir)
+    try:
+        _export(model, processor, output_dir)
+    except OSError as error:
+        raise UserError(
+            f"{output_dir}: the model could not be written: {' '.join(str(error).split())}. The "
+            "newest checkpoint in that folder is a model folder too"
+        ) from error
+    on_main_process(plot_loss, output_dir / "metrics.jsonl", output_dir / "loss.png")
+    on_main_process(log_left_out, output_dir / "metrics.jsonl")
+    logger.info(
+        f"done       in {time.perf_counter() - started:.0f} s. Compare: "
+        f"python test_on_trained_model_by_us.py --model_dir {output_dir}"
+    )
 
 
-def _export(export, partial: Path) -> None:
-    """Call `export` on all ranks; where one cannot write, all raise its OSError."""
+def _export(model, processor, folder: Path) -> None:
+    """Write the model folder; where the main process cannot, all ranks raise its OSError."""
+    _reshard(model)
     failure = None
     try:
-        export(partial)
+        export_model(model, processor, folder)
     except OSError as error:
         failure = error
 
@@ -203,10 +185,23 @@ def _export(export, partial: Path) -> None:
     on_main_process(tell)
 
 
-def _state_dict(model, optimizer) -> dict:
-    """Return weights and optimizer state under names that do not depend on the ranks."""
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=OPTIONS)
-    return {"model": model_state, "optimizer": optimizer_state}
+def _reshard(model) -> None:
+    """Let go of the root's weights that an evaluation, without a backward pass, left gathered."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def _state_dict(model, optimizer, has_moments: bool) -> dict:
+    """Return weights and optimizer state under names that do not depend on the ranks.
+
+    The state of an optimizer that has none is left out, be it plain SGD or AdamW all of whose steps
+    were skipped: torch would make it up, by a step of its own.
+    """
+    _reshard(model)
+    tensors = {"model": get_model_state_dict(model, options=OPTIONS)}
+    if has_moments:
+        tensors["optimizer"] = get_optimizer_state_dict(model, optimizer, options=OPTIONS)
+    return tensors
 
 
 @contextmanager
@@ -217,12 +212,12 @@ def _quiet():
         yield
 
 
-def _start_writing(partial: Path, model) -> None:
+def _start_writing(partial: Path, model, config: Config) -> None:
     shutil.rmtree(partial, ignore_errors=True)
-    # A trained weight and two moments of its dtype, and all weights in bf16.
-    trained = sum(p.numel() * p.itemsize for p in model.parameters() if p.requires_grad)
-    exported = 0 if hasattr(model, "peft_config") else sum(p.numel() for p in model.parameters())
-    needed = 3 * trained + 2 * exported
+    trained = [p for p in model.parameters() if p.requires_grad]
+    needed = sum(p.numel() * p.itemsize + moment_bytes(p, config) for p in trained)
+    if not config.lora_rank:  # of an adapter, the model folder is small
+        needed += 2 * sum(p.numel() for p in model.parameters())  # in bf16
     free = shutil.disk_usage(partial.parent).free
     if free < needed:
         message = f"it needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free"
@@ -234,7 +229,8 @@ def _finish_writing(partial: Path, final: Path, state: dict) -> None:
     files = (final.parent / name for name in REWOUND_FILES)
     sizes = {file.name: file.stat().st_size for file in files if file.is_file()}
     paths = sorted(path for path in partial.rglob("*") if path.is_file())
-    if missing := {partial / "resume" / name for name in _shard_files(partial)} - set(paths):
+    shards = {entry.relative_path for entry in _read_metadata(partial).storage_data.values()}
+    if missing := {partial / "resume" / name for name in shards} - set(paths):
         raise OSError(f"{min(missing)}, which another rank has written, is not there")
     checksums = _checksums(paths)
     written = {
@@ -277,17 +273,16 @@ class _MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _shard_files(folder: Path) -> set[str]:
-    """Return the names of the files in resume/ that the shards of a checkpoint are in.
+def _read_metadata(folder: Path):
+    """Return .metadata of torch.distributed.checkpoint: the names of tensors, and their files.
 
-    Raises ValueError where .metadata, a pickle, holds anything but what belongs there.
+    Raises ValueError where it, a pickle, holds anything but what belongs there.
     """
     with (folder / "resume" / ".metadata").open("rb") as file:
         try:
-            metadata = _MetadataUnpickler(file).load()
+            return _MetadataUnpickler(file).load()
         except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError) as error:
             raise ValueError(f"resume/.metadata: {error}") from error
-    return {entry.relative_path for entry in metadata.storage_data.values()}
 
 
 def _digest(state: dict) -> str:
@@ -335,12 +330,16 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def find_checkpoint(config: Config) -> Path:
-    """Return the undamaged checkpoint that --resume_from names.
+def find_checkpoint(config: Config) -> Path | None:
+    """Return the undamaged checkpoint that --resume_from names, None without the flag.
 
     Raises UserError where there is none. A damaged one is named, and "latest" goes on to the one
-    before.
+    before. The main process looks for all ranks.
     """
+    return on_main_process(_find_checkpoint, config) if config.resume_from else None
+
+
+def _find_checkpoint(config: Config) -> Path:
     if config.resume_from != "latest":
         folder = Path(config.resume_from)
         if not CHECKPOINT_NAME.fullmatch(folder.resolve().name):
@@ -378,7 +377,7 @@ def damage(folder: Path) -> str | None:
         for (name, (_, expected)), checksum in zip(files.items(), checksums):
             if checksum != expected:
                 return f"{name} does not have the checksum that it was written with"
-        _shard_files(folder)
+        _read_metadata(folder)
     except FileNotFoundError as error:
         return f"{error.filename} is missing"
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -391,6 +390,29 @@ def _read_state(folder: Path) -> dict:
     if content["sha256"] != _digest(content["state"]):
         raise ValueError("it does not have the checksum that it was written with")
     return content["state"]
+
+
+def open_run(config: Config, device: torch.device) -> tuple[Config, Path | None]:
+    """Return the flags, what was left out filled in, and the checkpoint to go on from, or None.
+
+    The output folder is made. The same on all ranks.
+    """
+    checkpoint = find_checkpoint(config)
+    return open_output_dir(config, device, checkpoint), checkpoint
+
+
+def begin_or_resume(
+    config: Config, checkpoint: Path | None, data: PlannedData, num_steps: int
+) -> None:
+    """Check that a checkpoint is of this run, and cut log and metrics back to it; begin the log."""
+    if checkpoint:
+        check_same_run(checkpoint, config, data.digest, num_steps)
+        on_main_process(rewind_files, checkpoint)
+    if is_main_process():
+        config.save(Path(config.output_dir) / "config_used.json")
+        setup_logging(Path(config.output_dir))
+    if checkpoint:
+        logger.info(f"resumed    from {checkpoint}")
 
 
 def check_same_run(folder: Path, config: Config, data_digest: str, num_steps: int) -> None:
@@ -429,13 +451,6 @@ def check_same_run(folder: Path, config: Config, data_digest: str, num_steps: in
             )
 
 
-def missed_evaluation(folder: Path, config: Config, num_steps: int) -> bool:
-    """Return whether the run of a checkpoint ended before an evaluation that was due there."""
-    state = _read_state(folder)
-    is_due = state["global_step"] == num_steps or state["global_step"] % config.eval_steps == 0
-    return is_due and state["eval_loss"] is None
-
-
 def rewind_files(folder: Path) -> None:
     """Cut log and metrics back to where they were when a checkpoint was written.
 
@@ -448,8 +463,10 @@ def rewind_files(folder: Path) -> None:
         if later.resolve() == folder.resolve():
             break
         abandoned = later.with_name(f"abandoned-{later.name}")
+        number = 1
         while abandoned.exists():  # that of another attempt
-            abandoned = abandoned.with_name(f"{abandoned.name}-again")
+            number += 1
+            abandoned = later.with_name(f"abandoned-{later.name}-{number}")
         os.rename(later, abandoned)
         logger.warning(f"{later} is not of the run that goes on: it is {abandoned.name} now")
     for name, size in _read_state(folder)["sizes"].items():
@@ -468,26 +485,24 @@ class _SafeLoadPlanner(dcp.DefaultLoadPlanner):
         super().load_bytes(read_item, value)
 
 
-def load_checkpoint(folder: Path, model, optimizer) -> int:
-    """Put a checkpoint into `model` and `optimizer`; return the number of steps done.
+def load_checkpoint(folder: Path, model, optimizer) -> tuple[int, float | None]:
+    """Put a checkpoint into `model` and `optimizer`; return the steps done and the held-out loss.
 
-    Called by all ranks, of which there may be another number than when it was written.
+    The loss is None where it was not measured. Called by all ranks, of which there may be another
+    number than when it was written.
     """
-    tensors = _state_dict(model, optimizer)
+    names = _read_metadata(folder).state_dict_metadata
+    tensors = _state_dict(model, optimizer, any(name.startswith("optimizer.") for name in names))
     with _quiet():
         reader, planner = dcp.FileSystemReader(folder / "resume"), _SafeLoadPlanner()
         no_dist = not dist.is_initialized()
         dcp.load(tensors, storage_reader=reader, planner=planner, no_dist=no_dist)
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=tensors["model"],
-        optim_state_dict=tensors["optimizer"],
-        options=OPTIONS,
-    )
+    set_model_state_dict(model, tensors["model"], options=OPTIONS)
+    if "optimizer" in tensors:
+        set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=OPTIONS)
     state = _read_state(folder)
     _restore_random_states(state["random_states"])
-    return state["global_step"]
+    return state["global_step"], state["eval_loss"]
 
 
 def _random_states() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Every flag of finetune.py, in one place."""
 
 import dataclasses
+import importlib.util
 import json
 import time
 from dataclasses import dataclass
@@ -182,6 +183,10 @@ class Config:
             raise UserError("--metric: scores answers, so it needs --eval_generate")
         if self.vision_learning_rate and not self.trained_parts & {"vision", "merger"}:
             raise UserError("--vision_learning_rate: --train names neither vision nor merger")
+        if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
+            raise UserError(
+                f"--report_to {self.report_to}: is not installed: pip install {self.report_to}"
+            )
         if not 0 <= self.warmup_ratio <= 1:
             raise UserError(f"--warmup_ratio {self.warmup_ratio}: must be between 0 and 1")
         if self.max_pixels is not None and self.min_pixels > self.max_pixels:

@@ -5,10 +5,6 @@ What trains is in finetune_distributed.py; nothing here touches a gradient.
 
 import logging
 import os
-import socket
-import time
-import uuid
-from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -27,23 +23,22 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from util.config import Config, UserError, fill_defaults
-from util.data.plan import Plan, Step
-from util.logutil import MetricsFile, open_reporter
-from util.model.attention import register_attention
-from util.model.load import explained, is_exported, write_model
+from util.model.attention import choose_attention, register_attention
+from util.model.families import layers_of
+from util.model.load import explained
 from util.model.parts import init_lora, local_rows, prepare_for_training
 from util.model.tiny import cached_tiny_model
-from util.run import StopSignal, on_main_process
+from util.run import choose_device, shard_size, world_size
 
 # How long ranks wait for the main one, which may have much data to index.
 START_TIMEOUT = timedelta(hours=2)
-SHARED_FOLDER_SECONDS = 10
 
 # ---------------------------------------------------------------- processes
 
 
-def start_processes(config: Config, device: torch.device) -> PartialState:
-    """Join the processes that the launcher started; `.device` is this rank's own."""
+def start_processes(config: Config) -> torch.device:
+    """Join the processes that the launcher started, and return this rank's own device."""
+    device = choose_device(config.device)
     if "RANK" not in os.environ:
         raise UserError(
             "finetune_distributed.py is one of several processes: start it by "
@@ -64,24 +59,8 @@ def start_processes(config: Config, device: torch.device) -> PartialState:
     if not state.is_main_process:
         # What every rank would say is said once.
         logging.getLogger("finetune").setLevel(logging.ERROR)
-    return state
-
-
-def main_process_metrics(config: Config) -> MetricsFile:
-    """Return the metrics file of the run on the main process; elsewhere one that keeps nothing."""
-    if not PartialState().is_main_process:
-        return MetricsFile(Path(os.devnull))
-    output_dir = Path(config.output_dir)
-    return MetricsFile(output_dir / "metrics.jsonl", open_reporter(config, output_dir))
-
-
-def agree_on_signal(stop: StopSignal, device: torch.device) -> None:
-    """Let all ranks stop after the same step, whichever of them a signal has reached."""
-    noted = stop.noted  # once: it may change at any time
-    stopping = torch.full((), float(noted is not None), device=device)
-    dist.all_reduce(stopping, dist.ReduceOp.MAX)
-    if stopping.item():
-        stop.name = noted or "a signal to another rank"
+    shard_size(config)  # a wrong one is told now
+    return state.device
 
 
 def gather_problems(problems: list[str], device: torch.device) -> list[str]:
@@ -91,59 +70,26 @@ def gather_problems(problems: list[str], device: torch.device) -> list[str]:
     return gather_object(problems) if count.item() else []
 
 
-def check_shared(output_dir: Path) -> None:
-    """Raise UserError where ranks do not all see what the main one writes into `output_dir`.
-
-    Every rank writes its shards of checkpoints there.
-    """
-    token = output_dir / f".shared-{on_main_process(uuid.uuid4).hex}"
-    if PartialState().is_main_process:
-        token.touch()
-    dist.barrier()
-    deadline = time.monotonic() + SHARED_FOLDER_SECONDS
-    while not (is_seen := token.exists()) and time.monotonic() < deadline:
-        time.sleep(0.2)
-        with suppress(OSError):  # network file systems may remember that it was not there
-            os.listdir(output_dir.parent)
-    blind = [] if is_seen else [socket.gethostname()]
-    blind = gather_object(blind)
-    if PartialState().is_main_process:
-        token.unlink()
-    if blind:
-        raise UserError(
-            f"--output_dir {output_dir}: must be on a disk that all machines share, as each writes "
-            f"its part of the checkpoints there; not seen by {', '.join(sorted(set(blind)))}"
-        )
-
-
-def build_mesh(state: PartialState, shard_size: int | None) -> DeviceMesh:
-    """Return the mesh (replicate, shard); `shard_size` left out: all ranks of one machine.
+def build_mesh(device: torch.device, config: Config) -> DeviceMesh:
+    """Return the mesh (replicate, shard) of all ranks.
 
     Neighbouring ranks shard, so that the traffic of a shard group stays within a machine.
     """
-    world_size = state.num_processes
-    shard_size = shard_size or min(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), world_size)
-    if world_size % shard_size:
-        raise UserError(
-            f"--shard_size {shard_size}: must divide the number of processes, {world_size}"
-        )
-    return init_device_mesh(
-        state.device.type,
-        (world_size // shard_size, shard_size),
-        mesh_dim_names=("replicate", "shard"),
-    )
+    shards = shard_size(config)
+    shape = (world_size() // shards, shards)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 # ---------------------------------------------------------------- model
 
 
-def load_sharded_model(
-    folder: str, attention: str, device: torch.device, mesh: DeviceMesh, config: Config
-):
-    """Load a model onto the ranks of `mesh`, every rank reading only what it will hold.
+def load_sharded_model(folder: str, device: torch.device, config: Config):
+    """Load a model onto all ranks, every rank reading only what it will hold.
 
     The same model as load_model's. Raises UserError where weights are missing.
     """
+    mesh = build_mesh(device, config)
+    attention = choose_attention(device, config.precision)
     register_attention(attention)
     # Parameters without memory; buffers are computed, since no file holds them.
     with init_empty_weights(include_buffers=False):
@@ -180,7 +126,8 @@ def shard_model(model, mesh: DeviceMesh, precision: str) -> None:
     """
     whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     halved = replace(whole, param_dtype=torch.bfloat16) if precision == "bf16" else whole
-    blocks = [*model.model.visual.blocks, *model.model.language_model.layers]
+    vision_blocks, layers = layers_of(model)
+    blocks = [*vision_blocks, *layers]
     if not model.config.tie_word_embeddings:
         # Gathered apart from the rest, which stays gathered for the whole micro-batch.
         fully_shard(model.model.language_model.embed_tokens, mesh=mesh, mp_policy=whole)
@@ -236,47 +183,3 @@ def _copy_rows(source, parameter: DTensor) -> None:
         )
     if parameter.to_local().numel():
         parameter.to_local().copy_(local_rows(source, parameter))
-
-
-@torch.no_grad()
-def export_sharded_model(model, processor, output_dir: str | Path) -> None:
-    """Write what export_model writes, from shards: one tensor at a time is gathered.
-
-    Only the main process keeps them, in bf16, in main memory.
-    """
-    state_dict = {}
-    for name, tensor in model.state_dict().items():
-        if not is_exported(model, name):
-            continue
-        # Replicas hold the same; the first is enough.
-        if tensor.device_mesh["replicate"].get_local_rank() == 0:
-            whole = tensor if ".lora_" in name else tensor.to(torch.bfloat16)
-            whole = whole.full_tensor()
-            if dist.get_rank() == 0:
-                state_dict[name] = whole.cpu()
-    if dist.get_rank() == 0:
-        write_model(model, state_dict, processor, output_dir)
-
-
-# ---------------------------------------------------------------- metrics
-
-
-def rank_metrics(plan: Plan, step: Step, num_dummy_tokens: int) -> dict:
-    """Return lists, one entry a rank: its tokens in `step`, by kind, and its share of dummy work.
-
-    They follow from the plan: nothing is asked of the other ranks.
-    """
-    index = plan.index
-    counts = {"text": [], "image": [], "video": []}
-    dummy_shares = []
-    for micro_batches in step.micro_batches:
-        samples = [i for micro_batch in micro_batches for i in micro_batch]
-        total = int(index.num_tokens[samples].sum())
-        image = int(index.num_image_tokens[samples].sum())
-        video = int(index.num_video_tokens[samples].sum())
-        for kind, count in (("text", total - image - video), ("image", image), ("video", video)):
-            counts[kind].append(count)
-        dummy = num_dummy_tokens * len(micro_batches)
-        dummy_shares.append(round(dummy / (total + dummy), 4))
-    metrics = {f"num_{kind}_tokens_by_rank": count for kind, count in counts.items()}
-    return metrics | {"dummy_share_by_rank": dummy_shares}

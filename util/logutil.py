@@ -5,9 +5,9 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import math
 import os
 import platform
-import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +16,9 @@ import torch
 from tqdm import tqdm
 
 from util.check_requirements import read_requirements
-from util.config import Config, UserError
+from util.config import Config
 from util.data.batch import PlannedData
+from util.run import is_main_process, shard_size, world_size
 
 logger = logging.getLogger("finetune")
 
@@ -43,16 +44,65 @@ def setup_logging(output_dir: Path) -> None:
     logger.addHandler(file)
 
 
-def log_setup(
-    config: Config,
-    model,
-    data: PlannedData,
-    eval_data: PlannedData | None,
-    num_steps: int,
-    device: torch.device,
-    checkpoint: Path | None,
-) -> None:
-    """Log what will be trained, on which data, and in how many steps."""
+class RunLog:
+    """What a run tells: train.log, terminal and progress bar, metrics.jsonl, --report_to.
+
+    Only the main process tells anything. The set-up is logged with its arithmetic as this is made.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model,
+        data: PlannedData,
+        eval_data: PlannedData | None,
+        first_step: int,
+        num_steps: int,
+        device: torch.device,
+    ):
+        _log_setup(config, model, data, eval_data, num_steps, device)
+        output_dir, is_main = Path(config.output_dir), is_main_process()
+        self.num_steps = num_steps
+        self.metrics_file = (
+            MetricsFile(output_dir / "metrics.jsonl", open_reporter(config, output_dir))
+            if is_main
+            else MetricsFile(Path(os.devnull))
+        )
+        self.progress = tqdm(
+            total=num_steps, initial=first_step, unit="step", disable=None if is_main else True
+        )
+        if data.problems and first_step == 0:
+            self.metrics_file.append({"global_step": 0, "num_bad_samples": len(data.problems)})
+
+    def step(self, metrics: dict, problems: list[str]) -> None:
+        """Tell a step: its metrics, and the messages of samples that were left out."""
+        global_step = metrics["global_step"]
+        self.metrics_file.append(metrics)
+        for problem in problems:
+            logger.warning(f"left out   {problem}")
+        loss = math.nan if metrics["loss"] is None else metrics["loss"]
+        line = f"loss {loss:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s"
+        self.progress.set_postfix_str(line)
+        self.progress.update()
+        if global_step == self.num_steps:
+            self.progress.close()
+        if global_step % max(1, self.num_steps // 20) == 0:
+            logger.info(f"step {global_step:>7,}/{self.num_steps:,}   {line}")
+
+    def evaluation(self, global_step: int, scores: dict) -> None:
+        """Tell what evaluate() has found after so many steps."""
+        self.metrics_file.append({"global_step": global_step, **scores})
+        line = f"held-out loss {scores['eval_loss']:.4f}"
+        if "eval_exact_match" in scores:
+            line += (
+                f", {scores['eval_exact_match']:.1%} of answers exact, "
+                f"character error rate {scores['eval_character_error_rate']:.1%}"
+            )
+        line += f", metric {scores['eval_metric']:.4f}" if "eval_metric" in scores else ""
+        logger.info(f"step {global_step:>7,}/{self.num_steps:,}   {line}")
+
+
+def _log_setup(config: Config, model, data, eval_data, num_steps: int, device) -> None:
     logger.info(
         f"model      {config.model_name_or_path}: {model.num_parameters() / 1e6:,.1f} M parameters "
         f"on {device}, {config.precision}, attention {model.config._attn_implementation}"
@@ -71,8 +121,11 @@ def log_setup(
         f"output     {config.output_dir}, with a checkpoint every {config.save_steps} steps and at "
         "the end"
     )
-    if checkpoint:
-        logger.info(f"resumed    from {checkpoint}")
+    if world_size() > 1:
+        shards = shard_size(config)
+        logger.info(
+            f"ranks      {world_size()}: {world_size() // shards} replicas, each over {shards}"
+        )
     if other := untested_versions():
         logger.warning(f"versions   not tested: {other}")
 
@@ -127,12 +180,6 @@ def untested_versions() -> str:
     )
 
 
-def check_report_to(report_to: str) -> None:
-    """Raise UserError where the package that --report_to names is not installed."""
-    if report_to != "none" and importlib.util.find_spec(report_to) is None:
-        raise UserError(f"--report_to {report_to}: is not installed: pip install {report_to}")
-
-
 def open_reporter(config: Config, output_dir: Path) -> Callable[[dict], None]:
     """Return the function that sends one object of metrics.jsonl where --report_to says."""
     if config.report_to == "none":
@@ -153,24 +200,6 @@ def open_reporter(config: Config, output_dir: Path) -> Callable[[dict], None]:
     flags = dataclasses.asdict(config)
     package.init(project="finetune-Qwen2-VL", name=output_dir.name, config=flags)
     return lambda metrics: package.log(metrics, step=metrics["global_step"])
-
-
-def describe_evaluation(scores: dict) -> str:
-    """Return what evaluate() found as a part of a line of the log."""
-    line = f"held-out loss {scores['eval_loss']:.4f}"
-    if "eval_exact_match" in scores:
-        line += (
-            f", {scores['eval_exact_match']:.1%} of answers exact, "
-            f"character error rate {scores['eval_character_error_rate']:.1%}"
-        )
-    return line + (f", metric {scores['eval_metric']:.4f}" if "eval_metric" in scores else "")
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Return the peak so far in GiB: allocated on a GPU, resident in this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
 def log_left_out(metrics_file: Path) -> None:

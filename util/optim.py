@@ -89,13 +89,36 @@ def _build_lean_adamw(groups: list[dict]) -> torch.optim.Optimizer:
     return LeanAdamW(groups, lr=0.0, bf16_stochastic_round=True)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of the next step in every parameter group."""
+def moment_bytes(parameter: torch.Tensor, config: Config) -> int:
+    """Return the bytes that `build_optimizer` keeps for a trained parameter: two moments.
+
+    The planner and the check of free space on the disk ask here.
+    """
+    count, block_size = parameter.numel(), lean_block_size(parameter)
+    if config.precision == "bf16_lean" and block_size:
+        return 2 * (count + count // block_size * 4)
+    return 2 * count * 4
+
+
+def optimizer_step_bytes(parameters: list[torch.Tensor], config: Config) -> int:
+    """Return what an optimizer step takes besides: in bf16_lean, two fp32 copies of a tensor.
+
+    Seen on a CPU with torchao 0.18.0, which steps through the tensors one by one.
+    """
+    return 8 * max(p.numel() for p in parameters) if config.precision == "bf16_lean" else 0
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, step: int, num_steps: int, config: Config
+) -> float:
+    """Set the learning rate of a step, counted from 0, in every parameter group; return it."""
+    lr = learning_rate_at(step, num_steps, config.learning_rate, config.warmup_ratio)
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):  # AdamW8bit: a number would be compiled in
             group["lr"].fill_(lr * group["lr_scale"])
         else:
             group["lr"] = lr * group["lr_scale"]
+    return lr
 
 
 def learning_rate_at(step: int, num_steps: int, peak: float, warmup_ratio: float) -> float:

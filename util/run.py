@@ -1,4 +1,4 @@
-"""Start and end of a script: the device, errors, signals, and what only one rank does."""
+"""Start and end of a script: device, output folder, signals, errors, what only one rank does."""
 
 import atexit
 import logging
@@ -6,18 +6,24 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import sys
+import tempfile
 import time
 import traceback
+import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import transformers
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from tqdm import tqdm
 
-from util.config import UserError
+from util.config import TINY_NOTICE, Config, UserError, fill_defaults
 
 logger = logging.getLogger("finetune")
 
@@ -28,6 +34,210 @@ SAME_SIGNAL_SECONDS = 5
 # The launcher ends all ranks of its machine as soon as one has failed.
 SAME_FAILURE_SECONDS = 5
 LOST_PEER_SECONDS = 15
+SHARED_FOLDER_SECONDS = 10
+
+# ---------------------------------------------------------------- what only one rank does
+
+
+def world_size() -> int:
+    """Return the number of ranks: of processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this rank, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main_process() -> bool:
+    """Return whether this rank, the only one or the first, writes and speaks for all."""
+    return rank() == 0
+
+
+def shard_size(config: Config) -> int:
+    """Return how many ranks share one copy of the model; left out: all ranks of one machine."""
+    if not dist.is_initialized():
+        return 1
+    size = config.shard_size or min(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), world_size())
+    if world_size() % size:
+        raise UserError(f"--shard_size {size}: must divide the number of processes, {world_size()}")
+    return size
+
+
+def on_main_process(function, *arguments):
+    """Return on every rank what `function` returns on the main one, where alone it runs.
+
+    An OSError or UserError is raised on every rank too. On a single device, it is just called.
+    """
+    if not dist.is_initialized():
+        return function(*arguments)
+    result = [None]
+    if is_main_process():
+        try:
+            result = [function(*arguments)]
+        except (OSError, UserError) as error:
+            result = [error]
+    dist.broadcast_object_list(result)
+    if isinstance(result[0], (OSError, UserError)):
+        raise result[0]
+    return result[0]
+
+
+# ---------------------------------------------------------------- start
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the device to train on: `name`, else cuda, else cpu.
+
+    Raises UserError where an NVIDIA device is there but torch cannot use it: a silent run on the
+    CPU would be a toy run.
+    """
+    if name:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+            raise UserError(f"--device {name}: must be cuda, cuda:1 (or another number), or cpu")
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"--device {name}: {_why_no_cuda()}")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {name}: torch finds {torch.cuda.device_count()} GPUs")
+        return device
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if Path("/dev/nvidia0").exists() and not hidden:
+        raise UserError(f"this machine has an NVIDIA device, but {_why_no_cuda()}")
+    return torch.device("cpu")
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} was built without CUDA: install the CUDA build "
+            "(pip install -r requirements.txt), or use --device cpu"
+        )
+    return (
+        f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no usable device: check "
+        "that nvidia-smi works, that the driver is new enough for this CUDA, and that "
+        f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')!r} names a device of "
+        "this machine; or use --device cpu"
+    )
+
+
+def open_output_dir(config: Config, device: torch.device, checkpoint: Path | None) -> Config:
+    """Return the flags, the same on all ranks, with what was left out filled in.
+
+    The output folder is made: new or empty, or that of the run to resume. Raises UserError where
+    it is neither, cannot be written, or is not seen by all ranks.
+    """
+    if config.model_name_or_path is None and device.type == "cpu" and is_main_process():
+        tqdm.write(TINY_NOTICE)
+    config = fill_defaults(config, device.type, checkpoint and checkpoint.parent)
+    # All ranks write into the main one's folder: their clocks need not agree.
+    config = on_main_process(_make_output_dir, config, checkpoint)
+    if dist.is_initialized():
+        _check_shared(Path(config.output_dir))
+    return config
+
+
+def _make_output_dir(config: Config, checkpoint: Path | None) -> Config:
+    output_dir = Path(config.output_dir)
+    if checkpoint:
+        if output_dir.resolve() != checkpoint.resolve().parent:
+            raise UserError(
+                f"--output_dir {output_dir}: a resumed run goes on in its own folder, "
+                f"{checkpoint.parent}"
+            )
+    elif output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        is_run = output_dir.is_dir() and any(output_dir.glob("checkpoint-*"))
+        hint = "--resume_from latest goes on with it, or " if is_run else ""
+        raise UserError(
+            f"--output_dir {output_dir}: exists and is not an empty folder: {hint}choose another "
+            "one, or delete it"
+        )
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir}: cannot be written: {error}") from error
+    return config
+
+
+def _check_shared(output_dir: Path) -> None:
+    """Raise UserError where ranks do not all see what the main one writes into `output_dir`.
+
+    Every rank writes its shards of checkpoints there.
+    """
+    token = output_dir / f".shared-{on_main_process(uuid.uuid4).hex}"
+    if is_main_process():
+        token.touch()
+    dist.barrier()
+    deadline = time.monotonic() + SHARED_FOLDER_SECONDS
+    while not (is_seen := token.exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+        with suppress(OSError):  # network file systems may remember that it was not there
+            os.listdir(output_dir.parent)
+    blind = [] if is_seen else [socket.gethostname()]
+    blind = gather_object(blind)
+    if is_main_process():
+        token.unlink()
+    if blind:
+        raise UserError(
+            f"--output_dir {output_dir}: must be on a disk that all machines share, as each writes "
+            f"its part of the checkpoints there; not seen by {', '.join(sorted(set(blind)))}"
+        )
+
+
+# ---------------------------------------------------------------- signals
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGINT, so that the loop can finish its step and save.
+
+    `noted` changes at any time, and on one rank before others; once in a step `agree` makes it
+    `name`, by which the loop acts. A second signal ends the process at once.
+    """
+
+    was_noted = False  # of this process
+
+    def __init__(self):
+        self.name = self.noted = None
+        # To ranks, queues send one signal, and then their launcher sends it once more.
+        self._once_more_until = SAME_SIGNAL_SECONDS if dist.is_initialized() else 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        if self.noted is None:
+            self.noted, StopSignal.was_noted = signal.Signals(number).name, True
+            self._once_more_until += time.monotonic()
+            logger.warning(f"{self.noted}: saving after this step; a second signal ends at once")
+        elif time.monotonic() > self._once_more_until:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def agree(self, device: torch.device) -> None:
+        """Give all ranks the same `name`, so that they stop after the same step."""
+        self.name = self.noted  # read once: it may change at any time
+        if dist.is_initialized():
+            is_stopping = torch.full((), float(self.name is not None), device=device)
+            dist.all_reduce(is_stopping, dist.ReduceOp.MAX)
+            if is_stopping.item():
+                self.name = self.name or "a signal to another rank"
+
+    def end_process(self, global_step: int, is_saved: bool, output_dir: str) -> None:
+        """Say how to go on after `name` has stopped the run, and exit: only if saved with 75."""
+        if not is_saved:
+            logger.warning(f"{self.name}: stopped after step {global_step}, which is NOT saved")
+            sys.exit(1)
+        logger.warning(
+            f"{self.name}: stopped after step {global_step}; go on with the same command and\n"
+            f"  --output_dir {output_dir} --resume_from latest"
+        )
+        sys.exit(EXIT_STOPPED)
+
+
+# ---------------------------------------------------------------- end
 
 
 def explain_out_of_memory(error: Exception) -> UserError:
@@ -39,25 +249,6 @@ def explain_out_of_memory(error: Exception) -> UserError:
         "told, without a GPU, by check_data.py with the flags of this run and --plan GIB. "
         f"PyTorch says: {' '.join(str(error).split())[:300]}"
     )
-
-
-def on_main_process(function, *arguments):
-    """Return on every rank what `function` returns on the main one, where alone it runs.
-
-    An OSError or UserError is raised on every rank too. On a single device, it is just called.
-    """
-    if not dist.is_initialized():
-        return function(*arguments)
-    result = [None]
-    if dist.get_rank() == 0:
-        try:
-            result = [function(*arguments)]
-        except (OSError, UserError) as error:
-            result = [error]
-    dist.broadcast_object_list(result)
-    if isinstance(result[0], (OSError, UserError)):
-        raise result[0]
-    return result[0]
 
 
 def run_main(main) -> None:
@@ -90,43 +281,6 @@ def _exit_code(main) -> int | str | None:
         traceback.print_exc()
         return 1
     return None
-
-
-class StopSignal:
-    """Notes SIGTERM and SIGINT, so that the loop can finish its step and save.
-
-    `noted` changes at any time, and on one rank before others; once in a step the loop makes it
-    `name`, by which it acts. A second signal ends the process at once.
-    """
-
-    was_noted = False  # of this process
-
-    def __init__(self):
-        self.name = self.noted = None
-        # To ranks, queues send one signal, and then their launcher sends it once more.
-        self._once_more_until = SAME_SIGNAL_SECONDS if dist.is_initialized() else 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number, frame):
-        if self.noted is None:
-            self.noted, StopSignal.was_noted = signal.Signals(number).name, True
-            self._once_more_until += time.monotonic()
-            logger.warning(f"{self.noted}: saving after this step; a second signal ends at once")
-        elif time.monotonic() > self._once_more_until:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    def end_process(self, global_step: int, is_saved: bool, output_dir: str) -> None:
-        """Say how to go on after `name` has stopped the run, and exit: only if saved with 75."""
-        if not is_saved:
-            logger.warning(f"{self.name}: stopped after step {global_step}, which is NOT saved")
-            sys.exit(1)
-        logger.warning(
-            f"{self.name}: stopped after step {global_step}; go on with the same command and\n"
-            f"  --output_dir {output_dir} --resume_from latest"
-        )
-        sys.exit(EXIT_STOPPED)
 
 
 def run_rank(main) -> None:
@@ -186,40 +340,3 @@ def _wait_for_the_first_to_fail(error: Exception) -> None:
     elif int(os.environ.get("LOCAL_RANK", 0)) > 0:
         # A wrong flag is wrong on every rank.
         time.sleep(SAME_FAILURE_SECONDS)
-
-
-def choose_device(name: str | None) -> torch.device:
-    """Return the device to train on: `name`, else cuda, else cpu.
-
-    Raises UserError where an NVIDIA device is there but torch cannot use it: a silent run on the
-    CPU would be a toy run.
-    """
-    if name:
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-            raise UserError(f"--device {name}: must be cuda, cuda:1 (or another number), or cpu")
-        device = torch.device(name)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"--device {name}: {_why_no_cuda()}")
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"--device {name}: torch finds {torch.cuda.device_count()} GPUs")
-        return device
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if Path("/dev/nvidia0").exists() and not hidden:
-        raise UserError(f"this machine has an NVIDIA device, but {_why_no_cuda()}")
-    return torch.device("cpu")
-
-
-def _why_no_cuda() -> str:
-    if torch.version.cuda is None:
-        return (
-            f"torch {torch.__version__} was built without CUDA: install the CUDA build "
-            "(pip install -r requirements.txt), or use --device cpu"
-        )
-    return (
-        f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no usable device: check "
-        "that nvidia-smi works, that the driver is new enough for this CUDA, and that "
-        f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')!r} names a device of "
-        "this machine; or use --device cpu"
-    )

@@ -8,12 +8,6 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers.vision_utils import (
-    get_vision_cu_seqlens,
-    get_vision_interpolation_indices_and_weights,
-    get_vision_position_ids,
-    get_vision_window_index,
-)
 
 from util.config import UserError
 from util.data.files import Records
@@ -21,7 +15,7 @@ from util.data.index import CACHE_DIR, Index, build_index, check_lengths, raise_
 from util.data.plan import Plan, Step
 from util.data.sample import IGNORE, Sample, SampleEncoder
 from util.data.workers import worker_settings
-from util.run import on_main_process
+from util.run import on_main_process, rank, world_size
 
 # ---------------------------------------------------------------- micro-batches
 
@@ -31,10 +25,10 @@ class MicroBatch:
     """Several samples and the dummy segment in one row of T tokens, without padding.
 
     input_ids (1, T) int64, videos under the image placeholder; position_ids (3, 1, T) int64,
-    M-RoPE; patches (num_patches, patch_dim) uint8; vision_inputs: see there; supervised_positions
-    (K,) int64: where logits are needed; targets (K,) int64: the tokens that follow there;
-    cu_seqlens int32: where segments begin and end. image_grid_thw (num_media, 3) int64 stays on
-    the CPU, as the model reads it there. problems: messages of samples left out.
+    M-RoPE; patches (num_patches, patch_dim) uint8; vision_inputs: see util/model/families.py;
+    supervised_positions (K,) int64: where logits are needed; targets (K,) int64: the tokens that
+    follow there; cu_seqlens int32: where segments begin and end. image_grid_thw (num_media, 3)
+    int64 stays on the CPU, as the model reads it there. problems: messages of samples left out.
     """
 
     input_ids: torch.Tensor
@@ -71,40 +65,11 @@ def pack(samples: list[Sample], encoder: SampleEncoder) -> MicroBatch:
         position_ids=torch.cat([sample.position_ids for sample in samples], dim=1)[:, None],
         patches=torch.cat([sample.patches for sample in samples]),
         image_grid_thw=image_grid_thw,
-        vision_inputs=vision_inputs(image_grid_thw, encoder.vision_tower),
+        vision_inputs=encoder.vision_inputs(image_grid_thw),
         supervised_positions=supervised_positions,
         targets=labels[supervised_positions + 1],
         cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
     )
-
-
-def vision_inputs(grids: torch.Tensor, vision_tower) -> dict[str, torch.Tensor]:
-    """Return what a vision tower computes of patch grids (num_media, 3), by its names for it.
-
-    position_ids (num_patches, 2) int64; cu_seqlens int32: where frames begin and end. Qwen2.5-VL:
-    window_index (num_tokens,) int64, an order of windows, cu_window_seqlens int32. Qwen3-VL:
-    interp_indices int64 and interp_weights (num_patches, 4), into its table of positions.
-    """
-    merge_size = vision_tower.spatial_merge_size
-    inputs = {
-        "position_ids": get_vision_position_ids(grids, merge_size),
-        "cu_seqlens": get_vision_cu_seqlens(grids),
-    }
-    if hasattr(vision_tower, "window_size"):
-        inputs["window_index"], inputs["cu_window_seqlens"] = get_vision_window_index(
-            grids, merge_size, vision_tower.window_size, vision_tower.patch_size
-        )
-    if hasattr(vision_tower, "num_grid_per_side"):
-        inputs["interp_indices"], inputs["interp_weights"] = (
-            get_vision_interpolation_indices_and_weights(
-                grids,
-                vision_tower.num_grid_per_side,
-                vision_tower.interpolation_mode,
-                vision_tower.interpolation_align_corners,
-                merge_size,
-            )
-        )
-    return inputs
 
 
 # ---------------------------------------------------------------- the loader
@@ -154,7 +119,7 @@ class PlannedData:
     problems: list[str]  # why samples are left out of the plan
 
 
-def prepare_data(names: list[str], encoder: SampleEncoder, config, world_size: int) -> PlannedData:
+def prepare_data(names: list[str], encoder: SampleEncoder, config) -> PlannedData:
     """Index and plan the data files `names`.
 
     One rank measures for all: others could find other samples bad, and have other plans.
@@ -168,7 +133,7 @@ def prepare_data(names: list[str], encoder: SampleEncoder, config, world_size: i
     if config.on_bad_sample == "stop":
         raise_problems(problems)
     capacity = config.max_tokens - encoder.num_dummy_tokens
-    plan = Plan(index, config.batch_size, capacity, config.seed, world_size, records.groups())
+    plan = Plan(index, config.batch_size, capacity, config.seed, world_size(), records.groups())
     if plan.num_samples_per_epoch == 0:
         raise_problems(["no sample is left to train on", *problems])
     samples = SampleDataset(records, index, encoder)
@@ -179,48 +144,25 @@ def prepare_data(names: list[str], encoder: SampleEncoder, config, world_size: i
 
 
 def load_micro_batches(
-    data: PlannedData, first_step: int, last_step: int, config, device: torch.device, rank: int
-) -> Iterator[MicroBatch]:
-    """Yield the micro-batches of steps `first_step` up to, without, `last_step`, for one rank.
+    data: PlannedData, first_step: int, last_step: int, config, device: torch.device
+) -> "Stopwatch":
+    """Iterate over the micro-batches of steps `first_step` up to, without, `last_step`.
 
-    Worker processes read ahead. Samples that cannot be read are left out, their messages in
-    `problems`.
+    Those of this rank. Worker processes read ahead, once the first one is asked for. Samples that
+    cannot be read are left out, their messages in `problems`.
     """
     steps = data.plan.steps(first_step, last_step)
-    yield from DataLoader(
-        data.samples,
-        batch_sampler=(samples for step in steps for samples in step.micro_batches[rank]),
-        collate_fn=data.samples.collate,
-        pin_memory=device.type == "cuda",
-        **worker_settings(config.num_workers),
-    )
 
+    def read():
+        yield from DataLoader(
+            data.samples,
+            batch_sampler=(samples for step in steps for samples in step.micro_batches[rank()]),
+            collate_fn=data.samples.collate,
+            pin_memory=device.type == "cuda",
+            **worker_settings(config.num_workers),
+        )
 
-def first_fatal(problems: list[str], config) -> str | None:
-    """Return the first problem with which a run may not go on, or None."""
-    is_stop = config.on_bad_sample == "stop"
-    return next((p for p in problems if is_stop or isinstance(p, StaleIndex)), None)
-
-
-def explain_stop(step: Step, loss: float, grad_norm: float, bad_sample: str | None) -> UserError:
-    """Return why a run stops in a step: a sample that cannot be read, or numbers not finite."""
-    if bad_sample:
-        return explain_bad_sample(bad_sample)
-    return UserError(
-        f"step {step.global_step + 1}: loss {loss}, gradient norm {grad_norm}: stopped before the "
-        f"weights change. Samples of this step: {step.samples}. Look at them (check_data.py "
-        "--show N), lower --learning_rate, or try --precision fp32"
-    )
-
-
-def explain_bad_sample(problem: str) -> UserError:
-    """Return what to do about a sample that only decoding has shown to be bad."""
-    if isinstance(problem, StaleIndex):
-        return UserError(problem)
-    return UserError(
-        f"{problem}. Put it right, at the same size, or use --on_bad_sample skip; if steps are "
-        "saved, with --resume_from latest. check_data.py --decode finds all such samples"
-    )
+    return Stopwatch(read())
 
 
 class Stopwatch:
@@ -242,3 +184,28 @@ class Stopwatch:
         """Return the seconds since the last call of this."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
+
+
+def refuse_bad_samples(problems: list[str], config) -> None:
+    """Raise UserError with what to do about samples that only decoding has shown to be bad.
+
+    Not where --on_bad_sample says to leave them out.
+    """
+    for problem in problems:
+        if isinstance(problem, StaleIndex):
+            raise UserError(problem)
+        if config.on_bad_sample == "stop":
+            raise UserError(
+                f"{problem}. Put it right, at the same size, or use --on_bad_sample skip; if steps "
+                "are saved, with --resume_from latest. check_data.py --decode finds all such "
+                "samples"
+            )
+
+
+def refuse_bad_step(step: Step, loss: float, grad_norm: float) -> None:
+    """Raise UserError with what to do about a step whose numbers are not finite."""
+    raise UserError(
+        f"step {step.global_step + 1}: loss {loss}, gradient norm {grad_norm}: stopped before the "
+        f"weights change. Samples of this step: {step.samples}. Look at them (check_data.py "
+        "--show N), lower --learning_rate, or try --precision fp32"
+    )

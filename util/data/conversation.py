@@ -1,4 +1,4 @@
-"""The conversation in a record: three formats become one.
+"""The conversation in a record: whatever its format, it becomes one.
 
 What is wrong raises ValueError naming the message.
 """
@@ -18,34 +18,22 @@ MEDIA_TYPES = ("image", "video")
 MEDIA_TAG = re.compile("<(image|video)>")
 
 
-# ---------------------------------------------------------------- the conversation
+def from_messages(record: dict) -> list:
+    """Read the format of OpenAI, LLaMA-Factory and ms-swift: messages of role and content."""
+    return _list(record, "messages")
 
 
-def parse_conversation(record) -> list[dict]:
-    """Return the messages of one record of a data file, checked.
+def from_conversations(record: dict) -> list:
+    """Read the format of LLaVA and ShareGPT: turns of from and value."""
+    return [_from_turn(i, turn) for i, turn in enumerate(_list(record, "conversations"))]
 
-    Three formats, told apart by their keys: "messages" with typed content (the one returned);
-    "messages" with <image> and <video> tags in the text and lists "images" and "videos";
-    "conversations" of {"from": ..., "value": ...} with the same tags and "image" or "video".
 
-    A message is {"role": ..., "content": ...}; content is a string or a list of items
-    {"type": "text", "text": ...}, {"type": "image", "image": ...}, {"type": "video", "video": ...}.
-    Raises ValueError naming the message where a record is anything else.
-    """
-    if not isinstance(record, dict):
-        record = {}
-    key = "messages" if record.get("conversations") is None else "conversations"
-    if key == "conversations" and record.get("messages") is not None:
-        raise ValueError('both "messages" and "conversations": use one of them')
-    messages = record.get(key)
-    if not isinstance(messages, list):
-        raise ValueError('must be an object with a list "messages" or "conversations"')
-    if not messages:
+def _list(record: dict, key: str) -> list:
+    if not isinstance(record[key], list):
+        raise ValueError(f'must be an object with a list "{key}"')
+    if not record[key]:
         raise ValueError("the conversation is empty")
-    if key == "conversations":
-        messages = [_from_turn(i, turn) for i, turn in enumerate(messages)]
-    messages = [_parse_message(i, message) for i, message in enumerate(messages)]
-    return _place_tagged_media(messages, record)
+    return record[key]
 
 
 def _from_turn(i: int, turn) -> dict:
@@ -55,6 +43,33 @@ def _from_turn(i: int, turn) -> dict:
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
         raise ValueError(f"message {i}: unknown speaker {speaker!r}: use human, gpt or system")
     return {"role": SPEAKERS[speaker], "content": turn.get("value")}
+
+
+# A format is a function from a record to a list of messages, by the key that tells it apart. Tags
+# in the text, and the record's own lists of media, are the same in all of them.
+FORMATS = {"messages": from_messages, "conversations": from_conversations}
+
+
+def parse_conversation(record) -> list[dict]:
+    """Return the messages of one record of a data file, checked, whichever format it has.
+
+    A message is {"role": ..., "content": ...}; content is a string or a list of items
+    {"type": "text", "text": ...}, {"type": "image", "image": ...}, {"type": "video", "video": ...}.
+    Raises ValueError naming the message where a record is anything else.
+    """
+    record = record if isinstance(record, dict) else {}
+    keys = [key for key in FORMATS if record.get(key) is not None]
+    if len(keys) > 1:
+        raise ValueError(f"both {_names(keys, 'and')}: use one of them")
+    if not keys:
+        raise ValueError(f"must be an object with a list {_names(FORMATS, 'or')}")
+    messages = FORMATS[keys[0]](record)
+    messages = [_parse_message(i, message) for i, message in enumerate(messages)]
+    return _place_tagged_media(messages, record)
+
+
+def _names(keys, word: str) -> str:
+    return f" {word} ".join(f'"{key}"' for key in keys)
 
 
 def _place_tagged_media(messages: list[dict], record: dict) -> list[dict]:

@@ -42,6 +42,11 @@ class Plan:
         self.num_steps_per_epoch = -(-self.num_samples_per_epoch // batch_size)
         self._order = (None, None)
 
+    def num_steps(self, num_epochs: int, max_steps: int | None) -> int:
+        """Return the steps of a run of so many epochs, at most `max_steps`."""
+        num_steps = self.num_steps_per_epoch * num_epochs
+        return min(num_steps, max_steps or num_steps)
+
     def step(self, global_step: int) -> Step:
         """Return step number `global_step`, counted from 0 over all epochs."""
         epoch, i = divmod(global_step, self.num_steps_per_epoch)

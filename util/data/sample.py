@@ -43,14 +43,15 @@ class SampleEncoder:
     """Turns conversations into samples, with the tokenizer and chat template of the model.
 
     `model` knows how positions are counted; nothing of it but the config is needed, so one on the
-    meta device serves. `folder`, in the methods, is where media paths are looked for after the
+    meta device serves. `vision_inputs` returns, of patch grids, what a vision tower else computes
+    of them. `folder`, in the methods, is where media paths are looked for after the
     current folder: that of the data file.
     """
 
-    def __init__(self, processor, model, policy: PixelPolicy, supervise: str):
+    def __init__(self, processor, model, vision_inputs, policy: PixelPolicy, supervise: str):
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.chat_template = processor.chat_template or self.tokenizer.chat_template
-        self.get_rope_index, self.vision_tower = model.get_rope_index, model.visual
+        self.get_rope_index, self.vision_inputs = model.get_rope_index, vision_inputs
         self.policy = policy
         self.supervise = supervise
         self.image_token_id = processor.image_token_id

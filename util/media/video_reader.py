@@ -17,7 +17,7 @@ from av.video.reformatter import Interpolation
 
 # Codecs in which decoding can begin at every packet that is marked as a key frame, and those of
 # them whose decoders can be told to leave out frames that no other frame refers to. Both are
-# checked frame by frame, for every container, in tests/test_vision.py.
+# checked frame by frame, for every container, in tests/media/test_video.py.
 SEEKABLE_CODECS = {"h264", "hevc", "vp8", "vp9", "libdav1d", "av1", "mpeg2video", "mjpeg"}
 SKIPPING_CODECS = {"h264", "hevc", "mpeg2video"}
 # The nearest that swscale has to torchvision's antialiased bicubic: 52 dB on photographs.

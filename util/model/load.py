@@ -6,6 +6,7 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 
@@ -16,14 +17,16 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from util.config import Config, UserError
 from util.data.sample import SampleEncoder
-from util.model.attention import register_attention
-from util.model.families import FAMILIES
+from util.model.attention import choose_attention, register_attention
+from util.model.families import set_pixel_limits, vision_inputs, why_not_trained
 from util.model.parts import init_lora, prepare_for_training
 from util.model.tiny import cached_tiny_model
-from util.vision_util import MAX_VIDEO_TOKENS, PixelPolicy
+from util.run import is_main_process
+from util.vision_util import PixelPolicy
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -125,31 +128,12 @@ def load_processor(folder: str, config: Config):
         model_config = transformers.AutoConfig.from_pretrained(
             base_folder(folder), trust_remote_code=False
         )
-    model_type = model_config.model_type
-    if model_type not in FAMILIES:
-        raise UserError(f"{folder}: is of type {model_type}; use one of {', '.join(FAMILIES)}")
-    if "sliding_attention" in getattr(model_config.text_config, "layer_types", []):
-        raise UserError(f"{folder}: its config.json asks for sliding attention: not supported")
+    if problem := why_not_trained(model_config):
+        raise UserError(f"{folder}: {problem}")
     with explained(folder):
         processor = transformers.AutoProcessor.from_pretrained(folder)
     processor.tokenizer.padding_side = "left"  # what batched generation needs
-    policy = pixel_policy(processor, config)
-    processor.image_processor.size = {
-        "shortest_edge": policy.min_pixels,
-        "longest_edge": policy.max_pixels,
-    }
-    video_processor = processor.video_processor
-    video_processor.fps = policy.video_fps
-    video_processor.max_frames = policy.video_max_frames
-    # Without it, limits hold for single frames but not for long clips.
-    video_processor.cap_pixels_per_frame = True
-    largest, max_tokens = policy.video_max_pixels, MAX_VIDEO_TOKENS
-    if isinstance(video_processor, transformers.Qwen3VLVideoProcessor):
-        # It has the two the other way round: pixels of the clip, tokens of a frame. And it does
-        # not enlarge frames that are smaller than the smallest, where training does.
-        largest, max_tokens = policy.video_total_pixels, largest / policy.factor**2
-    video_processor.size = {"shortest_edge": policy.video_min_pixels, "longest_edge": largest}
-    video_processor.max_video_tokens = max_tokens
+    set_pixel_limits(processor, pixel_policy(processor, config))
     return processor
 
 
@@ -169,6 +153,13 @@ def pixel_policy(processor, config: Config) -> PixelPolicy:
     )
 
 
+def load_encoder(config: Config, with_weights: bool = True):
+    """Return the folder of the model to train, its processor, and what makes samples for it."""
+    folder = find_model_to_train(config.model_name_or_path, with_weights)
+    processor = load_processor(folder, config)
+    return folder, processor, build_encoder(folder, processor, config)
+
+
 def build_encoder(folder: str, processor, config: Config) -> SampleEncoder:
     """Return what turns conversations into samples for the model in `folder`."""
     # The positions need the model's config but none of its weights.
@@ -176,16 +167,20 @@ def build_encoder(folder: str, processor, config: Config) -> SampleEncoder:
         skeleton = transformers.AutoModelForImageTextToText.from_config(
             transformers.AutoConfig.from_pretrained(base_folder(folder))
         )
+    inputs = partial(vision_inputs, vision_tower=skeleton.model.visual)
     policy = pixel_policy(processor, config)
-    return SampleEncoder(processor, skeleton.model, policy, config.supervise)
+    return SampleEncoder(processor, skeleton.model, inputs, policy, config.supervise)
 
 
-def load_model(folder: str, attention: str, device: torch.device, config: Config):
+def load_model(folder: str, device: torch.device, config: Config):
     """Load a model to train onto `device`, prepared as `config` says.
 
     Weights are read in the checkpoint's own dtype (bf16 on the hub) and changed one at a time, so
     that neither side ever holds more than it has to.
     """
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    attention = choose_attention(device, config.precision)
     model = _from_pretrained(folder, attention, dtype="auto")
     prepare_for_training(model, config, device)
     model.to(device)  # what are not parameters
@@ -218,17 +213,26 @@ def is_exported(model, name: str) -> bool:
     return name != "lm_head.weight" or not model.config.tie_word_embeddings
 
 
+@torch.no_grad()
 def export_model(model, processor, output_dir: str | Path, dtype=torch.bfloat16) -> None:
     """Write a folder that the Auto classes load: bf16 weights, processor, chat template.
 
-    With LoRA: the adapter (in fp32, it is small), as PEFT and vLLM read it.
+    With LoRA: the adapter (in fp32, it is small), as PEFT and vLLM read it. Shards are gathered a
+    tensor at a time; only the main process keeps them, in main memory, and writes.
     """
-    state_dict = {
-        name: tensor.detach().to("cpu", torch.float32 if ".lora_" in name else dtype)
-        for name, tensor in model.state_dict().items()
-        if is_exported(model, name)
-    }
-    write_model(model, state_dict, processor, output_dir, dtype)
+    state_dict = {}
+    for name, tensor in model.state_dict().items():
+        if not is_exported(model, name):
+            continue
+        tensor = tensor.detach().to(torch.float32 if ".lora_" in name else dtype)
+        if isinstance(tensor, DTensor):
+            if tensor.device_mesh["replicate"].get_local_rank() > 0:
+                continue  # replicas hold the same
+            tensor = tensor.full_tensor()
+        if is_main_process():
+            state_dict[name] = tensor.cpu()
+    if is_main_process():
+        write_model(model, state_dict, processor, output_dir, dtype)
 
 
 def write_model(model, state_dict, processor, output_dir, dtype=torch.bfloat16) -> None:

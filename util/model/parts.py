@@ -4,7 +4,6 @@ import hashlib
 import math
 import os
 import re
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -32,9 +31,8 @@ def prepare_for_training(model, config: Config, device: torch.device | None = No
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(part_of(name) in config.trained_parts)
     set_dtypes(model, config.precision, device)
-    # A convolution whose stride is its kernel is a matrix product; as one, it is seven times faster
-    # on a CPU at the real width.
-    model.model.visual.patch_embed.proj.__class__ = _PatchProjection
+    embedding = model.model.visual.patch_embed
+    embedding.proj = PatchProjection(embedding.proj)
     if model.config._attn_implementation == "packed_sdpa":
         hand_over_whole_rows(model.model.visual)
     for part, module in (("llm", model.model.language_model), ("vision", model.model.visual)):
@@ -119,16 +117,6 @@ def set_dtypes(model, precision: str, device: torch.device | None = None) -> Non
         parameter.data = parameter.data.to(device or parameter.device, dtype)
 
 
-def choose_autocast(device: torch.device, precision: str):
-    """Return the context of a forward pass: bf16 takes matrix products of fp32 weights in bf16.
-
-    Without autocast's cache, which would keep a bf16 copy of all weights; each is used once.
-    """
-    if precision != "bf16":
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
-
-
 def checkpoint_layers(module) -> None:
     """Let the layers of `module` keep only their inputs, and compute the rest again in backward."""
     # There is no dropout, so no random state has to be kept for the second time.
@@ -139,8 +127,16 @@ def checkpoint_layers(module) -> None:
             layer._gradient_checkpointing_func = run_twice
 
 
-class _PatchProjection(torch.nn.Conv3d):
-    """The Conv3d of the patch embedding, on patches (num_patches, channel, frame, row, column)."""
+class PatchProjection(torch.nn.Module):
+    """The Conv3d of the patch embedding, on patches (num_patches, channel, frame, row, column).
+
+    A convolution whose stride is its kernel is a matrix product; as one, it is seven times faster
+    on a CPU at the real width. Names and shapes of the parameters stay the same.
+    """
+
+    def __init__(self, convolution: torch.nn.Conv3d):
+        super().__init__()
+        self.weight, self.bias = convolution.weight, convolution.bias
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)

@@ -21,6 +21,7 @@ from tokenizers.trainers import BpeTrainer
 
 REPO_DIR = Path(__file__).resolve().parents[2]
 TRAIN_DATA = REPO_DIR / "train_data" / "data.json"
+FILES_DIR = Path(__file__).with_suffix("")
 
 # In the order in which Qwen2-VL numbers them, after the vocabulary.
 SPECIAL_TOKENS = [
@@ -30,31 +31,7 @@ SPECIAL_TOKENS = [
 ]
 
 # Renders what Qwen2-VL's own template renders, the default system prompt included.
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if loop.first and message['role'] != 'system' -%}
-{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
-{%- endif -%}
-{{- '<|im_start|>' + message['role'] + '\\n' -}}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
-{%- else -%}
-{%- for item in message['content'] -%}
-{%- if item['type'] == 'image' or 'image' in item or 'image_url' in item -%}
-{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
-{%- elif item['type'] == 'video' or 'video' in item -%}
-{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
-{%- elif 'text' in item -%}
-{{- item['text'] -}}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
+CHAT_TEMPLATE = (FILES_DIR / "chat_template.jinja").read_text(encoding="utf-8")
 
 
 def build_tokenizer(texts: list[str], vocab_size: int = 512):
@@ -81,33 +58,21 @@ def build_tokenizer(texts: list[str], vocab_size: int = 512):
     )
 
 
+def read_settings(name: str, tokenizer) -> dict:
+    """Return what a file of FILES_DIR holds; tokens, which it has by name, become their ids."""
+
+    def to_ids(settings: dict) -> dict:
+        names = {key: value for key, value in settings.items() if key.endswith("_token_id")}
+        return settings | {k: tokenizer.convert_tokens_to_ids(v) for k, v in names.items()}
+
+    return json.loads((FILES_DIR / name).read_text(encoding="utf-8"), object_hook=to_ids)
+
+
 def build_config(tokenizer):
     """Return the configuration of a Qwen2-VL with 4 million parameters for `tokenizer`."""
-    token_id = tokenizer.convert_tokens_to_ids
-    return transformers.Qwen2VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": 256,
-            "intermediate_size": 704,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": [8, 12, 12],
-            },
-            "bos_token_id": token_id("<|endoftext|>"),
-            "eos_token_id": token_id("<|im_end|>"),
-        },
-        vision_config={"depth": 2, "embed_dim": 128, "hidden_size": 256, "num_heads": 4},
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
-        tie_word_embeddings=True,
-    )
+    settings = read_settings("config.json", tokenizer)
+    settings["text_config"]["vocab_size"] = len(tokenizer)
+    return transformers.Qwen2VLConfig(**settings)
 
 
 def build_tiny_model(output_dir: str | Path) -> None:
@@ -117,15 +82,8 @@ def build_tiny_model(output_dir: str | Path) -> None:
         torch.manual_seed(0)
         model = transformers.Qwen2VLForConditionalGeneration(build_config(tokenizer))
     # The sampling settings of Qwen2-VL-2B-Instruct, near greedy.
-    model.generation_config = transformers.GenerationConfig(
-        do_sample=True,
-        temperature=0.01,
-        top_k=1,
-        top_p=0.001,
-        bos_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
-        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
-        eos_token_id=tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]),
-    )
+    sampling = read_settings("generation_config.json", tokenizer)
+    model.generation_config = transformers.GenerationConfig(**sampling)
     processor = transformers.Qwen2VLProcessor(
         image_processor=transformers.Qwen2VLImageProcessor(),
         tokenizer=tokenizer,
@@ -138,7 +96,8 @@ def build_tiny_model(output_dir: str | Path) -> None:
 
 def cached_tiny_model() -> str:
     """Return the folder of the tiny model, built on first use and again when its sources change."""
-    sources = Path(__file__).read_bytes() + TRAIN_DATA.read_bytes()
+    files = [Path(__file__), *sorted(FILES_DIR.iterdir()), TRAIN_DATA]
+    sources = b"".join(file.read_bytes() for file in files)
     key = hashlib.sha256(sources + transformers.__version__.encode()).hexdigest()[:12]
     folder = REPO_DIR / ".cache" / f"tiny-{key}"
     if not folder.is_dir():

@@ -1,7 +1,7 @@
 """How much a step has to compute: floating-point operations, from shapes and token counts alone."""
 
 import re
-from dataclasses import dataclass
+import resource
 
 import torch
 import transformers
@@ -9,8 +9,8 @@ import transformers
 from util.config import Config
 from util.data.batch import PlannedData
 from util.data.index import Index
-from util.data.plan import Step
-from util.model.families import part_of
+from util.data.plan import Plan, Step
+from util.model.families import layers_of, part_of, vision_width
 
 # Text and vision shapes of the published models, of the config.json files at
 # https://huggingface.co/Qwen; what is left out is as transformers' Qwen2VLConfig has it.
@@ -75,48 +75,6 @@ def peak_flops_of(name: str) -> float | None:
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
-@dataclass
-class Shape:
-    """Weights in the matrices of a model, by what uses them, and what attention works on."""
-
-    decoder: int
-    lm_head: int
-    vision: int
-    merger: int
-    text_hidden: int  # heads x their width
-    text_layers: int
-    vision_hidden: int
-    vision_layers: int
-    patches_per_token: int
-
-
-def shape_of(model) -> Shape:
-    """Count the weights of a Qwen2-VL; the meta device serves."""
-    visual, text = model.model.visual, model.model.language_model
-    vision, merger = 0, 0
-    for name, parameter in visual.named_parameters(prefix="model.visual"):
-        if parameter.ndim > 1:
-            if part_of(name) == "merger":
-                merger += parameter.numel()
-            else:
-                vision += parameter.numel()
-    attention = text.layers[0].self_attn
-    return Shape(
-        sum(p.numel() for p in text.layers.parameters() if p.ndim > 1),
-        model.get_output_embeddings().weight.numel(),
-        vision,
-        merger,
-        attention.config.num_attention_heads * attention.head_dim,
-        len(text.layers),
-        visual.blocks[0].attn.dim,
-        len(visual.blocks),
-        visual.spatial_merge_size**2,
-    )
-
-
-ALL_TRAINED = {"llm": 6, "merger": 6, "vision": 6}
-
-
 def operations_per_weight(config: Config) -> dict[str, int]:
     """Return for each part the operations that a weight costs for each token.
 
@@ -124,60 +82,49 @@ def operations_per_weight(config: Config) -> dict[str, int]:
     or in it, is trained; 2 for the gradient of the weight itself, which LoRA does without.
     """
     trained = config.trained_parts
-    own = {part: 2 if part in trained and not config.lora_rank else 0 for part in ALL_TRAINED}
+    own = set() if config.lora_rank else trained
     return {
-        "llm": 4 + own["llm"],
-        "merger": 2 + 2 * bool(trained & {"merger", "vision"}) + own["merger"],
-        "vision": 2 + 2 * ("vision" in trained) + own["vision"],
+        "llm": 4 + 2 * ("llm" in own),
+        "merger": 2 + 2 * bool(trained & {"merger", "vision"}) + 2 * ("merger" in own),
+        "vision": 2 + 2 * ("vision" in trained) + 2 * ("vision" in own),
     }
 
 
-def count_flops(
-    shape: Shape,
-    num_tokens,
-    num_media_tokens,
-    num_supervised,
-    token_pairs,
-    patch_pairs,
-    per_weight=ALL_TRAINED,
-):
-    """Return the operations of forward and backward passes, recomputation not counted.
-
-    Attention: 4 x width for each pair of tokens (patches) of one segment and layer, and twice that
-    backward; no discount for the causal half.
-    """
-    vision_attention = 12 if per_weight["vision"] > 2 else 4
-    return (
-        per_weight["llm"] * (shape.decoder * num_tokens + shape.lm_head * num_supervised)
-        + per_weight["merger"] * shape.merger * num_media_tokens
-        + per_weight["vision"] * shape.vision * shape.patches_per_token * num_media_tokens
-        + 12 * shape.text_layers * shape.text_hidden * token_pairs
-        + vision_attention * shape.vision_layers * shape.vision_hidden * patch_pairs
-    )
-
-
 class FlopCounter:
-    """Counts the operations of training on samples of an index."""
+    """Counts the operations of training on samples of an index, recomputation left out.
+
+    The meta device serves for the model. Attention: 4 x width for each pair of tokens (patches) of
+    one segment and layer, and twice that backward; no discount for the causal half.
+    """
 
     def __init__(self, model, index: Index, config: Config):
-        self.shape, self.index = shape_of(model), index
-        self.per_weight = operations_per_weight(config)
+        visual, (blocks, layers) = model.model.visual, layers_of(model)
+        per_weight, weights = operations_per_weight(config), {"vision": 0, "merger": 0}
+        for name, parameter in visual.named_parameters(prefix="model.visual"):
+            if parameter.ndim > 1:
+                weights[part_of(name)] += parameter.numel()
+        decoder = sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim > 1)
+        patches = per_weight["vision"] * weights["vision"] * visual.spatial_merge_size**2
+        heads = model.config.text_config.num_attention_heads
+        text_width = heads * layers[0].self_attn.head_dim
+        patch_width = vision_width(model.config.vision_config)
+        vision_passes = 3 if per_weight["vision"] > 2 else 1
+        # Each number of something in a sample, and the operations that one of it takes.
+        media_tokens = index.num_image_tokens + index.num_video_tokens
+        self.costs = [
+            (index.num_tokens, per_weight["llm"] * decoder),
+            (media_tokens, per_weight["merger"] * weights["merger"] + patches),
+            (index.num_supervised_tokens, per_weight["llm"] * model.lm_head.weight.numel()),
+            (index.num_tokens**2, 12 * len(layers) * text_width),
+            (index.num_patch_pairs, 4 * vision_passes * len(blocks) * patch_width),
+        ]
 
     def __call__(self, samples: list[int]) -> int:
-        index = self.index
-        lengths = index.num_tokens[samples]
-        counts = (
-            lengths.sum(),
-            (index.num_image_tokens[samples] + index.num_video_tokens[samples]).sum(),
-            index.num_supervised_tokens[samples].sum(),
-            (lengths**2).sum(),
-            index.num_patch_pairs[samples].sum(),
-        )
-        return count_flops(self.shape, *map(int, counts), self.per_weight)
+        return sum(int(counts[samples].sum()) * cost for counts, cost in self.costs)
 
 
 class Throughput:
-    """How fast a step was: the fields of metrics.jsonl that say so.
+    """How fast a step was, and with how much memory: the fields of metrics.jsonl that say so.
 
     mfu: the share of the GPUs' peak that the model's own operations make up, those of the vision
     tower counted, recomputation not (https://arxiv.org/abs/2204.02311, appendix B). None where the
@@ -186,15 +133,48 @@ class Throughput:
     """
 
     def __init__(self, model, data: PlannedData, config: Config, device: torch.device):
-        self.count_flops = FlopCounter(model, data.index, config)
-        self.num_gpus, self.peak = data.plan.world_size, peak_flops(device)
+        self.count_flops, self.device = FlopCounter(model, data.index, config), device
+        self.plan, self.num_dummy_tokens = data.plan, config.max_tokens - data.plan.capacity
+        self.peak = peak_flops(device)
 
     def __call__(self, step: Step, seconds: float, seconds_waited: float) -> dict:
-        flops = self.count_flops(step.samples) / seconds
-        return {
+        flops, num_gpus = self.count_flops(step.samples) / seconds, self.plan.world_size
+        metrics = {
             "tokens_per_second": step.num_tokens / seconds,
             "supervised_tokens_per_second": step.num_supervised_tokens / seconds,
             "data_wait_share": seconds_waited / seconds,
             "tflops_per_second": flops / 1e12,
-            "mfu": flops / (self.num_gpus * self.peak) if self.peak else None,
+            "mfu": flops / (num_gpus * self.peak) if self.peak else None,
+            "peak_memory_gib": peak_memory_gib(self.device),
         }
+        if num_gpus > 1:
+            metrics |= rank_metrics(self.plan, step, self.num_dummy_tokens)
+        return metrics
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the peak so far in GiB: allocated on a GPU, resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
+def rank_metrics(plan: Plan, step: Step, num_dummy_tokens: int) -> dict:
+    """Return lists, one entry a rank: its tokens in `step`, by kind, and its share of dummy work.
+
+    They follow from the plan: nothing is asked of the other ranks.
+    """
+    index = plan.index
+    counts = {"text": [], "image": [], "video": []}
+    dummy_shares = []
+    for micro_batches in step.micro_batches:
+        samples = [i for micro_batch in micro_batches for i in micro_batch]
+        total = int(index.num_tokens[samples].sum())
+        image = int(index.num_image_tokens[samples].sum())
+        video = int(index.num_video_tokens[samples].sum())
+        for kind, count in (("text", total - image - video), ("image", image), ("video", video)):
+            counts[kind].append(count)
+        dummy = num_dummy_tokens * len(micro_batches)
+        dummy_shares.append(round(dummy / (total + dummy), 4))
+    metrics = {f"num_{kind}_tokens_by_rank": count for kind, count in counts.items()}
+    return metrics | {"dummy_share_by_rank": dummy_shares}

@@ -16,13 +16,14 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 
 from util.config import Config, UserError
-from util.data.batch import PlannedData, explain_bad_sample
+from util.data.batch import PlannedData, refuse_bad_samples
 from util.data.conversation import media_of, parse_conversation, text_of
 from util.data.files import Records
 from util.data.sample import Sample, SampleEncoder
 from util.media.source import describe as describe_media
 from util.media.source import map_paths
 from util.model.attention import choose_attention
+from util.model.families import takes_seconds_per_grid
 from util.model.inputs import InputBuilder
 from util.model.load import (
     build_encoder,
@@ -235,8 +236,7 @@ def score_answers(config: Config, model, build_inputs, data: PlannedData) -> dic
             chosen = prompts[start : start + batch_size]
             # Read once for all ranks, so that all of them leave out the same ones.
             samples, readable, problems = on_main_process(_read_prompts, data, chosen)
-            if problems and config.on_bad_sample == "stop":
-                raise explain_bad_sample(problems[0])
+            refuse_bad_samples(problems, config)
             for problem in problems:
                 logger.warning(f"left out   {problem}")
             if samples:
@@ -351,7 +351,7 @@ def _model_inputs(encoder: SampleEncoder, build_inputs, samples: list[Sample]) -
             inputs[grid_name] = torch.tensor(grids)
             inputs[pixel_name] = build_inputs.normalize(torch.cat(patches).to(device))
     seconds = [second for sample in samples for second in sample.second_per_grid_ts]
-    if seconds and "second_per_grid_ts" in encoder.processor.model_input_names:
+    if seconds and takes_seconds_per_grid(encoder.processor):
         inputs["second_per_grid_ts"] = torch.tensor(seconds)
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 

@@ -14,12 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from util.config import Config, UserError
-from util.data.batch import PlannedData
+from util.data.batch import MicroBatch, PlannedData
 from util.model.attention import register_attention
+from util.model.families import layers_of, vision_width
 from util.model.inputs import InputBuilder
 from util.model.loss import cross_entropy_sum
-from util.model.parts import choose_autocast, prepare_for_training
-from util.optim import lean_block_size
+from util.model.parts import prepare_for_training
+from util.optim import moment_bytes, optimizer_step_bytes
+from util.run import shard_size
 
 # Flags to try where memory is short, in this order: those that leave the mathematics alone first.
 SAVERS = (
@@ -58,18 +60,10 @@ def _states_of(model, config: Config) -> StateBytes:
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = sum(p.numel() * p.itemsize for p in model.parameters())
     gradients = sum(p.numel() * p.itemsize for p in trained)
-    return StateBytes(weights, gradients, sum(_moment_bytes(p, config) for p in trained))
+    return StateBytes(weights, gradients, sum(moment_bytes(p, config) for p in trained))
 
 
-def _moment_bytes(parameter, config: Config) -> int:
-    """Return the bytes of two moments."""
-    count, block_size = parameter.numel(), lean_block_size(parameter)
-    if config.precision == "bf16_lean" and block_size:
-        return 2 * (count + count // block_size * 4)
-    return 2 * count * 4
-
-
-def check_fits(folder: str, config: Config, device: torch.device, shard_size: int) -> None:
+def check_fits(folder: str, config: Config, device: torch.device) -> None:
     """Raise UserError where weights, gradients and moments alone exceed the device's free memory.
 
     Called before the model in `folder` is loaded. It names the flags with which they would not.
@@ -79,13 +73,14 @@ def check_fits(folder: str, config: Config, device: torch.device, shard_size: in
         free = torch.cuda.mem_get_info(device)[0]
     else:
         free = psutil.virtual_memory().available
-    needed = count_states(model_config, config).total / shard_size
+    num_shards = shard_size(config)
+    needed = count_states(model_config, config).total / num_shards
     if needed <= free:
         return
     fitting = [
         f"  {flags_text(changes)}: {total / GIB:.1f} GiB"
         for changes in _savers(config)
-        if (total := count_states(model_config, changed(config, changes)).total / shard_size) < free
+        if (total := count_states(model_config, changed(config, changes)).total / num_shards) < free
     ]
     raise UserError(
         f"weights, gradients and optimizer state take {needed / GIB:.1f} GiB, and {device} has "
@@ -183,34 +178,15 @@ def plan_memory(
     With `shard_size` GPUs sharing the states: of one of them, estimated (fully_shard gathers a
     block at a time).
     """
-    cpu = torch.device("cpu")
     samples, is_accumulated = largest_micro_batch(data, model_config, config)
     micro_batch = data.samples.collate([data.samples[i] for i in samples])
-    register_attention("packed_sdpa")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.device("meta"):
-        model = transformers.AutoModelForImageTextToText.from_config(
-            model_config, dtype=torch.float32, attn_implementation="packed_sdpa"
-        ).train()
-    prepare_for_training(model, config)
-    with mode:
-        model.to_empty(device=cpu)
-    model.tie_weights()  # to_empty gives each name a tensor of its own
-    inputs = InputBuilder(processor, "packed_sdpa", cpu)(micro_batch)
-    inputs["pixel_values"] = mode.from_tensor(inputs["pixel_values"])
-    tracker = _MemoryTracker([*model.parameters(), *model.buffers()])
+    model = _fake_model(model_config, config, mode)
     trained = [p for p in model.parameters() if p.requires_grad]
-    hooks = [p.register_post_accumulate_grad_hook(tracker.count_gradient) for p in trained]
-    with mode, tracker, _RealWithoutFake():
-        for _ in range(1 + is_accumulated):  # from the second one on, gradients stand already
-            with choose_autocast(cpu, config.precision):
-                logits = model(**inputs).logits
-            logits_bytes = logits.numel() * logits.itemsize
-            loss_sum = cross_entropy_sum(logits, micro_batch.targets)
-            del logits
-            loss_sum.backward()
-            for hook in hooks:
-                hook.remove()
+    # From the second micro-batch of a step on, gradients stand already.
+    tracker, logits_bytes = _follow_memory(
+        model, processor, micro_batch, config, mode, 1 + is_accumulated
+    )
     states = _states_of(model, config)
     activations, gathered = tracker.peak_beside_gradients, 0
     if shard_size == 1:  # gradients grow while activations fall
@@ -218,7 +194,7 @@ def plan_memory(
     else:
         gathered = _gathered_bytes(model, config)
         passes = states.total / shard_size + activations + gathered
-    optimizer_step = (states.total + _optimizer_step_bytes(model, config)) / shard_size
+    optimizer_step = (states.total + optimizer_step_bytes(trained, config)) / shard_size
     kinds = {
         "weights": states.weights / shard_size,
         "gradients": states.gradients / shard_size,
@@ -231,14 +207,45 @@ def plan_memory(
     return result | {"num_tokens": micro_batch.input_ids.shape[1], "num_samples": len(samples)}
 
 
-def _optimizer_step_bytes(model, config: Config) -> int:
-    """Return what an optimizer step takes besides states: bf16_lean, two fp32 copies of a tensor.
+def _fake_model(model_config, config: Config, mode: FakeTensorMode):
+    register_attention("packed_sdpa")
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(
+            model_config, dtype=torch.float32, attn_implementation="packed_sdpa"
+        ).train()
+    prepare_for_training(model, config)
+    with mode:
+        model.to_empty(device="cpu")
+    model.tie_weights()  # to_empty gives each name a tensor of its own
+    return model
 
-    Seen on a CPU with torchao 0.18.0, which steps through the tensors one by one.
-    """
-    if config.precision != "bf16_lean":
-        return 0
-    return 8 * max(p.numel() for p in model.parameters() if p.requires_grad)
+
+def _follow_memory(
+    model, processor, micro_batch: MicroBatch, config: Config, mode, num_passes: int
+) -> tuple[_MemoryTracker, int]:
+    """Run forward and backward passes as the loop does; return what they took, and the logits."""
+    device = torch.device("cpu")
+    inputs = InputBuilder(processor, "packed_sdpa", device)(micro_batch)
+    inputs["pixel_values"] = mode.from_tensor(inputs["pixel_values"])
+    autocast = torch.autocast(
+        device.type, torch.bfloat16, enabled=config.precision == "bf16", cache_enabled=False
+    )
+    tracker = _MemoryTracker([*model.parameters(), *model.buffers()])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(tracker.count_gradient) for p in trained]
+    with mode, tracker, _RealWithoutFake():
+        for _ in range(num_passes):
+            with autocast:
+                logits = model(**inputs).logits
+            logits_bytes = logits.numel() * logits.itemsize
+            targets = micro_batch.targets
+            # From here on as in finetune.py: a test compares these lines.
+            loss_sum = cross_entropy_sum(logits, targets)
+            del logits
+            loss_sum.backward()
+            for hook in hooks:
+                hook.remove()
+    return tracker, logits_bytes
 
 
 def _gathered_bytes(model, config: Config) -> int:
@@ -248,7 +255,8 @@ def _gathered_bytes(model, config: Config) -> int:
     reduction.
     """
     itemsize = 4 if config.precision == "fp32" else 2
-    blocks = [*model.model.visual.blocks, *model.model.language_model.layers]
+    vision_blocks, layers = layers_of(model)
+    blocks = [*vision_blocks, *layers]
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     root = sum(p.numel() for p in model.parameters()) - sum(sizes)
     largest = max(sizes)
@@ -262,12 +270,11 @@ def largest_micro_batch(data: PlannedData, model_config, config: Config, most_st
     Looked for in the first epoch, by what a text token, a patch and a supervised token keep.
     """
     text, vision = model_config.text_config, model_config.vision_config
-    width = getattr(vision, "embed_dim", vision.hidden_size)
     is_checkpointed = {
         part: config.gradient_checkpointing in (part, "all") for part in ("llm", "vision")
     }
     per_token = text.num_hidden_layers * text.hidden_size * (1 if is_checkpointed["llm"] else 16)
-    per_patch = vision.depth * width * (1 if is_checkpointed["vision"] else 16)
+    per_patch = vision.depth * vision_width(vision) * (1 if is_checkpointed["vision"] else 16)
     if "vision" not in config.trained_parts:
         per_patch = 0  # a frozen tower keeps nothing
     index, plan = data.index, data.plan

@@ -4,6 +4,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import time
@@ -11,30 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import (
-    CPU,
-    assistant,
-    encoder_for,
-    image,
-    make_image,
-    set_up,
-    text,
-    tiny_config,
-    user,
-    video,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.fuzz import WORDS, check_file
+from helpers import assistant, encoder_for, image, make_image, text, tiny_config, user
 from util.config import UserError
 from util.data import index as index_module
 from util.data import workers
-from util.data.batch import load_micro_batches, prepare_data
+from util.data.batch import prepare_data
 from util.data.conversation import parse_conversation
 from util.data.files import Records
 from util.data.index import Index, build_index
 from util.data.plan import Plan
+from util.data.sample import IGNORE
 from util.run import StopSignal
 
 EXPECTED = [
@@ -81,52 +71,30 @@ def test_tags_are_text_where_content_is_typed():
     ]
 
 
-@pytest.mark.parametrize(
-    "record, words",
-    [
-        ({"messages": [user("<image> a")], "images": []}, "<image> tags in.*: 1, but.*: 0"),
-        ({"messages": [user("a")], "images": ["a.png"]}, "<image> tags.*: 0, but.*: 1.*one tag"),
-        ({"messages": [user("<image><video>")], "image": "a"}, "<video> tags.*: 1, but.*: 0"),
-        ({"messages": [user("<image>")], "image": "a", "images": ["b"]}, "both .*image.*images"),
-        ({"messages": [user("a")], "conversations": []}, "both .*messages.*conversations"),
-        ({"messages": [user("a") | {"images": ["a.png"]}]}, "message 0: has a key .image"),
-        ({"messages": [user("<image>")], "images": [text("a")]}, "item of type 'text'"),
-        ({"messages": [user("<image>")], "images": [video("a")]}, "item of type 'video'"),
-        ({"messages": [user("<image>")], "image": {}}, "message 0: an item of type image"),
-        ({"conversations": [{"from": "bot", "value": "a"}]}, "message 0: unknown speaker 'bot'"),
-        ({"conversations": [{"from": "gpt", "value": None}]}, "message 0: content must be"),
-        ({"conversations": ["a"]}, "message 0: must be an object with from and value"),
-        ({"conversations": []}, "empty"),
-        ({"text": "a"}, '"messages" or "conversations"'),
-        (
-            {"messages": [user("<image>")], "image": {"path": "a"}},
-            "message 0: an item of type image",
-        ),
-    ],
+# What a message about a record begins with: the message in it, or what is wrong with all of it.
+PLACES = re.compile(
+    r"message \d+\b|must be an object|the conversation is empty|<\w+> tags in|both |\"\w+\" lists|"
+    r"no assistant message|nothing to train|not valid JSON at column \d+|not UTF-8 text|"
+    r"not JSON that Python can read"
 )
-def test_records_that_are_wrong(record, words):
-    with pytest.raises(ValueError, match=words):
-        parse_conversation(record)
+# A picture of one pixel.
+PICTURE = "data:image/gif;base64,R0lGODlhAQABAIAAAP///wAAACH5BAEAAAAALAAAAAABAAEAAAICRAEAOw=="
+WORDS = [
+    *("messages", "conversations", "role", "content", "from", "value", "type", "text", "image"),
+    *("video", "images", "videos", "user", "assistant", "system", "human", "gpt", "<image>"),
+    *("<video>\n", "a<image><image>", "<|im_end|>", "<|image_pad|>", "min_pixels", "max_pixels"),
+    *("resized_height", "resized_width", "fps", "nframes", "video_start", "total_pixels"),
+    *("/dev/zero", ".", "file://", "a\0b", "http://localhost/", "data:,", PICTURE, "\ud800", "😀"),
+]
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.sampled_from(WORDS),
     lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(
-                ["messages", "conversations", "role", "content", "from", "value", "type", "text"]
-                + ["image", "video", "images", "videos"]
-            ),
-            inner
-            | st.sampled_from(["user", "assistant", "human", "gpt", "<image>", "image", "text"]),
-            max_size=4,
-        )
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=4)
     ),
     max_leaves=12,
 )
-
-
 # Conversations that are right but for what stands in some places.
 conversations = st.lists(
     st.fixed_dictionaries(
@@ -143,21 +111,32 @@ records = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None)
-@given(st.one_of(json_values, records), st.sampled_from(["a.json", "a.jsonl"]))
-def test_any_json_gives_a_sample_or_an_error_that_names_the_place(
-    tiny_folder, tmp_path_factory, value, name
+some_json = st.one_of(json_values, records).map(lambda value: json.dumps(value).encode())
+
+
+@settings(max_examples=500, deadline=None)
+@given(some_json | st.binary(max_size=40), st.sampled_from(["a.json", "a.jsonl"]))
+def test_any_file_gives_samples_or_an_error_that_names_the_place(
+    tiny_folder, tmp_path_factory, content, name
 ):
-    content = json.dumps([value] if name == "a.json" else value).encode()
-    path = tmp_path_factory.getbasetemp() / name
-    check_file(encoder_for(tiny_folder), content, path)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.binary(max_size=40))
-def test_any_bytes_are_refused_or_read(tiny_folder, tmp_path_factory, content):
-    for name in ("b.json", "b.jsonl"):
-        check_file(encoder_for(tiny_folder), content, tmp_path_factory.getbasetemp() / name)
+    encoder, folder = encoder_for(tiny_folder), tmp_path_factory.getbasetemp()
+    (folder / name).write_bytes(b"[%s]" % content if name == "a.json" else content)
+    try:
+        records = Records([str(folder / name)])
+    except UserError as error:
+        assert str(error).startswith(str(folder / name)), error
+        return
+    for i in range(len(records)):
+        try:
+            measured = encoder.measure(records[i], folder)
+        except ValueError as error:
+            assert PLACES.match(str(error)), error
+            str(error).encode()  # can be printed
+        else:
+            sample = encoder.encode(records[i], folder)
+            num_supervised = int((sample.labels != IGNORE).sum())
+            assert measured[:2] == (len(sample.input_ids), num_supervised)
+            assert measured[1] > 0
 
 
 @pytest.mark.parametrize(
@@ -191,29 +170,25 @@ def test_jsonl_with_blank_lines_crlf_and_no_last_line_break(tmp_path):
     assert records.where(1) == f"{tmp_path}/a.jsonl: line 5"
 
 
-def test_a_bad_line_is_named(tmp_path, tiny_folder):
-    path = tmp_path / "a.jsonl"
-    good = json.dumps({"messages": [user("a"), assistant("b")]})
-    path.write_text(f'{good}\n{{"messages": [}}\n{good}\n{{"x": 1}}\n')
-    _, problems = build_index(Records([str(path)]), encoder_for(tiny_folder))
-    assert len(problems) == 2
-    assert "a.jsonl: line 2: not valid JSON at column 15" in problems[0]
-    assert "a.jsonl: line 4" in problems[1]
-
-
-def test_files_that_cannot_be_used(tmp_path):
-    (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "blank.jsonl").write_text("\n \n\n")
-    (tmp_path / "lines.json").write_text('{"a": 1}\n{"a": 2}\n')
-    for name, words in (
-        ("none.jsonl", "No such file"),
-        ("empty.jsonl", "is empty"),
-        ("blank.jsonl", "no records"),
-        ("lines.json", "line 2.*must end in .jsonl"),
-        ("lines.json:0", "sampling rate"),
-    ):
-        with pytest.raises(UserError, match=words):
-            Records([str(tmp_path / name)])
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("none.jsonl", None, "No such file"),
+        ("empty.jsonl", b"", "is empty"),
+        ("blank.jsonl", b"\n \n\n", "no records"),
+        ("lines.json", b'{"a": 1}\n{"a": 2}\n', "line 2.*must end in .jsonl"),
+        ("rate.json:0", b"[3]", "sampling rate"),
+        ("bracket.json", b'[{"messages": [}\n]', "bracket.json: .*JSON.*line 1.*column 16"),
+        ("third.json", b'[\n {"a": 1},\n oops\n]', "line 3.*column 2"),
+        ("object.json", b'{"messages": []}', "non-empty JSON list"),
+        ("bytes.json", b'["\xff\xfe"]', "UTF-8"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path, name, content, words):
+    if content is not None:
+        (tmp_path / name.split(":")[0]).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        Records([str(tmp_path / name)])
 
 
 def test_several_files_each_with_its_folder(tmp_path, tiny_folder):
@@ -307,20 +282,6 @@ def test_measuring_leaves_no_process_behind_whenever_it_ends():
             assert time.monotonic() < deadline
 
 
-def test_bad_samples_can_be_left_out(tmp_path, tiny_folder):
-    good = make_image(tmp_path / "good.png", 90, 90)
-    cut = make_image(tmp_path / "cut.png", 300, 300)
-    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
-    data = [[user(image(good)), assistant("x")] for _ in range(5)]
-    data[1] = [user(image(cut)), assistant("y")]  # only decoding finds it
-    flags = {"train_data": [write_jsonl(tmp_path / "a.jsonl", data)], "batch_size": 5}
-    skip = tiny_config(**flags, on_bad_sample="skip", num_workers=1)
-    run = set_up(skip, tiny_folder)
-    batches = list(load_micro_batches(run.data, 0, 1, skip, CPU, 0))
-    assert len(batches) == 1 and len(batches[0].cu_seqlens) == 1 + 4 + 1
-    assert "line 2: message 0" in batches[0].problems[0] and "cut.png" in batches[0].problems[0]
-
-
 def resident_bytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
@@ -341,7 +302,7 @@ def test_a_million_lines_open_in_seconds_and_little_memory(tmp_path, tiny_folder
     np.save(tmp_path / name, np.tile(row, (1_000_000, 1)))
     del records
     before, memory = resource.getrusage(resource.RUSAGE_SELF), resident_bytes()
-    data = prepare_data(config.train_data, encoder, config, world_size=2)
+    data = prepare_data(config.train_data, encoder, config)
     assert len(data.index) == 1_000_000 and data.samples[999_999].labels is not None
     assert data.plan.step(200_000).num_tokens == 4 * row[0]
     assert resident_bytes() - memory < 200e6

@@ -13,7 +13,8 @@ def make_index(lengths):
     return Index(lengths, lengths // 2 + 1, *[lengths * 0] * 3)
 
 
-lengths = st.lists(st.integers(2, 300), min_size=1, max_size=60)
+# Some are longer than any limit, and left out.
+lengths = st.lists(st.integers(2, 300) | st.just(2 * 10**9), min_size=1, max_size=60)
 
 
 @settings(max_examples=150, deadline=None)
@@ -21,6 +22,7 @@ lengths = st.lists(st.integers(2, 300), min_size=1, max_size=60)
 def test_every_epoch_holds_every_sample_once(lengths, batch_size, capacity, world_size, seed):
     index = make_index(lengths)
     plan = Plan(index, batch_size, capacity, seed, world_size)
+    fitting = [i for i, length in enumerate(lengths) if length <= capacity]
     single = Plan(index, batch_size, 10**9, seed, 1)
     assert plan.num_steps_per_epoch == single.num_steps_per_epoch
     for epoch in range(2):
@@ -39,7 +41,7 @@ def test_every_epoch_holds_every_sample_once(lengths, batch_size, capacity, worl
             for rank in step.micro_batches:
                 assert all(sum(lengths[i] for i in bin_) <= capacity for bin_ in rank)
             seen += step.samples
-        assert sorted(seen) == list(range(len(lengths)))
+        assert sorted(seen) == fitting
 
 
 @settings(max_examples=50, deadline=None)
@@ -63,9 +65,3 @@ def test_a_step_is_found_without_those_before_it():
     plan = Plan(make_index(range(2, 60)), 7, 100, 3, 2)
     steps = list(plan.steps(0, 30))
     assert Plan(make_index(range(2, 60)), 7, 100, 3, 2).step(29) == steps[29]
-
-
-def test_no_file_is_left_out_because_of_a_low_rate():
-    plan = Plan(make_index([10] * 20), 4, 1000, 0, 1, groups=[(0, 10, 1.0), (10, 20, 0.04)])
-    samples = [i for step in plan.steps(0, plan.num_steps_per_epoch) for i in step.samples]
-    assert sum(i >= 10 for i in samples) == 1 and len(samples) == 11

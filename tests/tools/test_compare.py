@@ -5,14 +5,23 @@ import copy
 import io
 import json
 import re
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import (
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoProcessor
+
+import compare
+import test_on_official_model
+import test_on_trained_model_by_us
+import zoo
+from helpers import (
     REPO,
     assistant,
+    call,
     image,
     make_image,
     make_video,
@@ -22,13 +31,6 @@ from conftest import (
     video,
     write_data,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from PIL import Image
-
-import compare
-import test_on_official_model
-import test_on_trained_model_by_us
 from util.config import UserError
 from util.tools.page import make_visible, mark_differences
 from util.tools.scores import (
@@ -150,11 +152,6 @@ def test_what_cannot_be_seen_is_shown():
 # ------------------------------------------------------------------ from models to the page
 
 
-def call(monkeypatch, script, *arguments):
-    monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
-    script.main()
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_folder):
     """A folder with data, and a run in it whose model always repeats itself: (folder, run)."""
@@ -174,17 +171,11 @@ def run(tmp_path_factory, tiny_folder):
     # All logits equal: the first token is answered to everything, unlike the base model.
     model.model.language_model.norm.weight.data.zero_()
     model.save_pretrained(output_dir)
-    compare_processor(tiny_folder).save_pretrained(output_dir)
+    AutoProcessor.from_pretrained(tiny_folder).save_pretrained(output_dir)
     lines = [{"global_step": i + 1, "loss": 3 / (i + 1)} for i in range(30)]
     lines.append({"global_step": 30, "eval_loss": 0.5})
     (output_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder, output_dir
-
-
-def compare_processor(folder):
-    from transformers import AutoProcessor
-
-    return AutoProcessor.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -194,27 +185,30 @@ def answers(run):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
         flags = ("--device", "cpu", "--prompts", "data.json", "--max_new_tokens", 6, "--save")
-        call(monkeypatch, test_on_official_model, "--model_name_or_path", "tiny", *flags, "b.json")
+        call(test_on_official_model, "--model_name_or_path", "tiny", *flags, "b.json")
         flags = (*flags, folder / "new" / "t.json")
-        call(monkeypatch, test_on_trained_model_by_us, "--model_dir", output_dir, *flags)
+        call(test_on_trained_model_by_us, "--model_dir", output_dir, *flags)
     return folder / "b.json", folder / "new" / "t.json"
 
 
 @pytest.fixture
 def make_page(monkeypatch, tmp_path, run):
-    """Call compare.main() in the folder of the data; return the page."""
+    """Call compare.main() in the folder of the data, with flags, and with files of answers or what
+    they hold; return the page.
+    """
+
+    def write(i, saved):
+        path = tmp_path / f"{i}<img src=x>.json"
+        path.write_text(json.dumps(saved))
+        return path
 
     def make(*arguments):
+        arguments = [write(i, a) if isinstance(a, dict) else a for i, a in enumerate(arguments)]
         monkeypatch.chdir(run[0])
-        call(monkeypatch, compare, *arguments, "--output", tmp_path / "page.html")
+        call(compare, *arguments, "--output", tmp_path / "page.html")
         return (tmp_path / "page.html").read_text(encoding="utf-8")
 
     return make
-
-
-def write(path, saved):
-    path.write_text(json.dumps(saved))
-    return path
 
 
 def test_saved_answers(answers, run):
@@ -239,7 +233,7 @@ def test_own_metric_in_the_test_scripts(run, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(run[0])
     flags = ("--model_name_or_path", "tiny", "--device", "cpu", "--max_new_tokens", 2)
     flags = (*flags, "--prompts", "data.json", "--metric", f"{tmp_path}/mine.py:seven")
-    call(monkeypatch, test_on_official_model, *flags)
+    call(test_on_official_model, *flags)
     last = capsys.readouterr().out.splitlines()[-1]
     assert re.match(r"0 of 2 answers .* character error rate \d+\.\d%; --metric 7\.0000", last)
 
@@ -270,8 +264,8 @@ def groups(page):
 
 def test_better_and_worse(answers, make_page, tmp_path):
     exact, wrong = {"answer": "Hello."}, {"answer": "Good bye."}
-    first = write(tmp_path / "1.json", edited(answers[0], (0, wrong), (1, wrong), (2, exact)))
-    second = write(tmp_path / "2.json", edited(answers[0], (0, exact), (1, exact), (2, wrong)))
+    first = edited(answers[0], (0, wrong), (1, wrong), (2, exact))
+    second = edited(answers[0], (0, exact), (1, exact), (2, wrong))
     page = make_page(first, second)
     assert groups(page) == ["all changed better", "all changed", "all changed worse"]
     assert "Not only the models differ" not in page
@@ -282,20 +276,18 @@ def test_better_and_worse(answers, make_page, tmp_path):
     assert "metric 6.000" in page and "metric 9.000" in page
 
 
-def test_other_settings_are_named(answers, make_page, tmp_path):
+def test_other_settings_are_named(answers, make_page):
     saved = edited(answers[0])
     saved["settings"]["max_pixels"] = 1
-    page = make_page(answers[0], write(tmp_path / "x.json", saved))
-    assert "Not only the models differ: max_pixels." in page
+    assert "Not only the models differ: max_pixels." in make_page(answers[0], saved)
 
 
 # U+202E turns the direction of what follows it.
 HOSTILE = "\u202e</script></style></p><img src=x onerror=alert(1)>\"'`{{ 7 * 7 }}<!--\ud800"
 
 
-def test_hostile_text_stays_text(answers, make_page, tmp_path):
-    before = make_page(*answers)
-    paths = []
+def test_hostile_text_stays_text(answers, make_page):
+    before, hostile = make_page(*answers), []
     for i, path in enumerate(answers):
         saved = edited(path)
         saved["model"] = saved["metrics"] = HOSTILE
@@ -304,8 +296,8 @@ def test_hostile_text_stays_text(answers, make_page, tmp_path):
             row |= {"id": HOSTILE, "reference": HOSTILE, "answer": HOSTILE + row["answer"]}
             row["messages"].append(assistant(HOSTILE))
         saved["answers"][0]["messages"][0]["content"][0]["image"] = HOSTILE
-        paths.append(write(tmp_path / f"{i}<img src=x>.json", saved))
-    page = make_page(*paths)
+        hostile.append(saved)
+    page = make_page(*hostile)
     assert page.count("onerror=alert") > 20 and "<img src=x" not in page
     assert page.count("{{ 7 * 7 }}") > 20
     assert "\u202e" not in page
@@ -313,25 +305,22 @@ def test_hostile_text_stays_text(answers, make_page, tmp_path):
         assert page.count(tag) == before.count(tag)
 
 
-def test_missing_media_are_named(answers, make_page, tmp_path, capsys):
+def test_missing_media_are_named(answers, make_page, capsys):
     saved = edited(answers[0])
     saved["answers"][0]["messages"][0]["content"][0]["image"] = "nowhere/gone.png"
-    path = write(tmp_path / "x.json", saved)
-    page = make_page(path, path)
+    page = make_page(saved, saved)
     assert 'class="lost"' in page and "gone.png" in page and "cannot be shown" in page
     assert "nowhere/gone.png" in capsys.readouterr().err
     assert 'class="lost"' not in make_page(*answers)
 
 
 def test_every_source_that_the_data_may_have_is_shown(answers, make_page, tmp_path, capsys):
-    picture = io.BytesIO()
-    Image.new("RGB", (40, 30), "red").save(picture, "PNG")
-    data = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
+    picture = zoo.encode_image(zoo.smooth(30, 40), "PNG")
+    data = "data:image/png;base64," + base64.b64encode(picture).decode()
     frames = [make_image(tmp_path / f"{i}.png", 60, 80, i) for i in range(6)]
     url = "https://example.com/cat.jpg"
     saved = edited(answers[0], (0, {"messages": [user(image(data), video(frames), image(url))]}))
-    path = write(tmp_path / "x.json", saved)
-    page = make_page(path, path)
+    page = make_page(saved, saved)
     figures = re.findall(r"<figure.*?</figure>", page, re.S)
     assert "<img" in figures[0] and "<figcaption>data:image/png</figcaption>" in figures[0]
     assert "<img" in figures[1] and "0.png to 5.png &ndash; 3 of 6 frames" in figures[1]
@@ -343,13 +332,13 @@ def test_every_source_that_the_data_may_have_is_shown(answers, make_page, tmp_pa
     # A clip in the data itself is shown by a frame.
     clip = make_video(tmp_path / "a.mp4", 8, 64, 96)
     data = "data:video/mp4;base64," + base64.b64encode(Path(clip).read_bytes()).decode()
-    path = write(tmp_path / "y.json", edited(answers[0], (0, {"messages": [user(video(data))]})))
-    assert "one frame" in re.findall(r"<figure.*?</figure>", make_page(path, path), re.S)[0]
+    saved = edited(answers[0], (0, {"messages": [user(video(data))]}))
+    assert "one frame" in re.findall(r"<figure.*?</figure>", make_page(saved, saved), re.S)[0]
 
 
 def test_media_are_found_beside_the_answers(answers, monkeypatch, tmp_path, run):
     monkeypatch.chdir(tmp_path)
-    call(monkeypatch, compare, answers[0], answers[0])
+    call(compare, answers[0], answers[0])
     assert 'class="lost"' not in (tmp_path / "compare.html").read_text(encoding="utf-8")
 
 
@@ -360,15 +349,15 @@ def test_clips_that_cannot_be_embedded_show_a_frame(answers, make_page, monkeypa
     assert page.count("data:image/jpeg;base64,") == 2
 
 
-def test_the_answers_are_not_overwritten(answers, monkeypatch):
+def test_the_answers_are_not_overwritten(answers):
     with pytest.raises(UserError, match="would overwrite the answers"):
-        call(monkeypatch, compare, *answers, "--output", answers[1])
+        call(compare, *answers, "--output", answers[1])
 
 
-def test_other_prompts_are_an_error_that_names_them(answers, make_page, tmp_path):
+def test_other_prompts_are_an_error_that_names_them(answers, make_page):
     def message(saved):
         with pytest.raises(UserError, match="different prompts") as info:
-            make_page(answers[0], write(tmp_path / "x.json", saved))
+            make_page(answers[0], saved)
         return str(info.value)
 
     assert "number 1 (1)" in message(edited(answers[0], (1, {"messages": [user("Other?")]})))
@@ -408,12 +397,12 @@ def test_broken_metrics_cost_only_the_curve(answers, make_page, tmp_path, capsys
     for content in ("{broken", '{"global_step": null, "loss": 1}', "3"):
         (tmp_path / "metrics.jsonl").write_text(content)
         saved["metrics"] = str(tmp_path / "metrics.jsonl")
-        page = make_page(answers[0], write(tmp_path / "x.json", saved))
+        page = make_page(answers[0], saved)
         assert "<polyline" not in page and page.count("<article") == 3
         assert "no loss curve" in capsys.readouterr().err
     for rows in ([{"global_step": 1, "loss": 0.0}], [{"global_step": 0, "loss": float("nan")}]):
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) for row in rows))
-        make_page(answers[0], write(tmp_path / "x.json", saved))
+        make_page(answers[0], saved)
 
 
 def test_compare_needs_no_gpu_and_no_model():

@@ -1,8 +1,8 @@
 """What is trained: the assistant's text and the end-of-turn token, and nothing else."""
 
 import pytest
-from conftest import assistant, encoder_for, image, make_image, make_video, text, user, video
 
+from helpers import assistant, encoder_for, image, make_image, make_video, text, user, video
 from util.data.sample import IGNORE
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"

@@ -1,18 +1,31 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL go through the same code, and what differs is right."""
 
 import json
-import sys
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from qwen_vl_utils import vision_process as qwen
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.utils import _to_kwargs
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from transformers import AutoModelForImageTextToText, AutoProcessor, modeling_flash_attention_utils
+from transformers.video_utils import VideoMetadata
+
+import finetune
+import test_on_trained_model_by_us
 import zoo
-from conftest import (
+from families import build_family
+from helpers import (
     assistant,
+    call,
     image,
     make_image,
     plain_model,
+    read_metrics,
     set_up,
     text,
     tiny_config,
@@ -20,18 +33,6 @@ from conftest import (
     video,
     write_data,
 )
-from families import build_family
-from qwen_vl_utils import vision_process as qwen
-from test_packing import gradients, stand_in_for_flash
-from torch._subclasses import FakeTensorMode
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.distributed.utils import _to_kwargs
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.video_utils import VideoMetadata
-
-import finetune
-import test_on_trained_model_by_us
 from util.config import UserError
 from util.data.batch import pack
 from util.data.conversation import media_of
@@ -88,17 +89,16 @@ def metadata_of(item) -> VideoMetadata:
 
 
 def plain_inputs(run, messages, **kwargs) -> dict:
-    """Return what the family's own processor and template make of messages, resized alike."""
-    processor = AutoProcessor.from_pretrained(run.folder)
+    """Return what the family's own processor and template make of messages; it gets clips read."""
+    processor = load_processor(run.folder, run.config)
     items = [item for _, item in media_of(messages)]
     clips = [item for item in items if item["type"] == "video"]
-    pictures = [load_frames(i, run.encoder.policy)[0] for i in items if i["type"] == "image"]
+    pictures = [Image.open(item["image"]) for item in items if item["type"] == "image"]
     as_read = {"do_resize": False, "do_sample_frames": False}
     return processor(
         text=[processor.apply_chat_template(messages, tokenize=False, **kwargs)],
         images=pictures or None,
         videos=[load_frames(item, run.encoder.policy) for item in clips] or None,
-        images_kwargs={"do_resize": False},
         videos_kwargs=as_read | {"video_metadata": [metadata_of(item) for item in clips]},
         return_tensors="pt",
     )
@@ -138,6 +138,10 @@ def test_samples_equal_what_the_processor_makes(run):
         assert steps[:2].tolist() == {"qwen2_vl": [1, 1], "qwen2_5_vl": [4, 4]}[run.family]
 
 
+def gradients(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
 def test_packed_equals_alone(run):
     """Logits and gradients, against plain transformers that is given what the processor makes."""
     model = plain_model(run.folder)
@@ -169,10 +173,10 @@ def test_the_dummy_segment_reaches_every_parameter_and_changes_none(run):
     assert all(p.grad.count_nonzero() == 0 for p in run.model.parameters())
 
 
-@pytest.mark.parametrize("parts", [["all"], ["llm"]])
-def test_adapters_stand_on_the_linear_layers_of_every_family(run, parts):
+@pytest.mark.parametrize("part", ["all", "llm", "vision"])
+def test_adapters_stand_on_the_linear_layers_of_every_family(run, part):
     """B begins at zero, so the gradients of A are; those of B say that each adapter takes part."""
-    config = tiny_config(train_data=run.config.train_data, lora_rank=4, train=parts)
+    config = tiny_config(train_data=run.config.train_data, lora_rank=4, train=[part])
     model = set_up(config, run.folder).model
     micro_batch = pack([run.encoder.encode(record) for record in run.records], run.encoder)
     logits = model(**run.build_inputs(micro_batch)).logits[0]
@@ -180,8 +184,49 @@ def test_adapters_stand_on_the_linear_layers_of_every_family(run, parts):
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all(".lora_" in name for name in trained)
     assert all(p.grad.count_nonzero() > 0 for name, p in trained.items() if ".lora_B." in name)
-    parts_of = {part_of(name) for name in trained}
-    assert parts_of == ({"llm", "vision", "merger"} if parts == ["all"] else {"llm"})
+    parts = {part_of(name) for name in trained}
+    assert parts == ({"llm", "vision", "merger"} if part == "all" else {part})
+
+
+def stand_in_for_flash(monkeypatch) -> list:
+    """Put a stand-in for the kernel; return its calls as (is causal, ends of q, ends of k)."""
+    calls = []
+
+    def flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        deterministic=False,
+    ):
+        assert cu_seqlens_q.dtype == torch.int32 and isinstance(max_seqlen_q, int)
+        lengths = cu_seqlens_q.diff().tolist()
+        assert max_seqlen_q == max_seqlen_k == max(lengths) and sum(lengths) == len(q)
+        calls.append((causal, cu_seqlens_q.tolist(), cu_seqlens_k.tolist()))
+        outputs = [
+            F.scaled_dot_product_attention(
+                *(x.transpose(0, 1) for x in qkv),
+                is_causal=causal,
+                scale=softmax_scale,
+                enable_gqa=True,
+            ).transpose(0, 1)
+            for qkv in zip(*(x.split(lengths) for x in (q, k, v)))
+        ]
+        return torch.cat(outputs)
+
+    flash = modeling_flash_attention_utils
+    monkeypatch.setattr(flash, "_loaded_implementation", "flash_attention_2")
+    monkeypatch.setattr(flash, "_flash_varlen_fn", flash_attn_varlen_func)
+    process = flash._lazy_define_process_function(flash_attn_varlen_func)
+    monkeypatch.setattr(flash, "_process_flash_kwargs_fn", process)
+    return calls
 
 
 def test_flash_attention_gets_the_ends_of_frames_and_windows(run, monkeypatch):
@@ -190,15 +235,27 @@ def test_flash_attention_gets_the_ends_of_frames_and_windows(run, monkeypatch):
     for config in (model.config, model.config.text_config, model.config.vision_config):
         config._attn_implementation = "flash_attention_2"
     build_inputs = InputBuilder(run.processor, "flash_attention_2", torch.device("cpu"))
-    micro_batch = pack([run.encoder.encode(record) for record in run.records], run.encoder)
+    samples = [run.encoder.encode(record) for record in run.records]
+    micro_batch = pack(samples, run.encoder)
     with torch.no_grad():
         logits = model(**build_inputs(micro_batch)).logits
         expected = run.model(**run.build_inputs(micro_batch)).logits
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
-    num_blocks = len(model.model.visual.blocks)
-    num_ends = [len(ends) for _, ends, _ in calls[:num_blocks]]
-    # In Qwen2.5-VL, blocks 0 and 2 attend within windows.
-    assert (num_ends[0] > num_ends[1]) == (run.family == "qwen2_5_vl")
+
+    def ends(lengths):
+        return [0, *np.cumsum(lengths).tolist()]
+
+    grids = [grid for sample in samples for grid in sample.grids] + [(1, 2, 2)]
+    of_frames = ends([h * w for t, h, w in grids for _ in range(t)])
+    of_samples = ends([len(sample.input_ids) for sample in samples] + [1])
+    depth, num_layers = len(model.model.visual.blocks), len(model.model.language_model.layers)
+    assert calls[depth:] == [(True, of_samples, of_samples)] * num_layers
+    in_frames = [call == (False, of_frames, of_frames) for call in calls[:depth]]
+    num_ends = [len(call[1]) for call in calls[:depth]]
+    if run.family == "qwen2_5_vl":  # blocks 0 and 2 attend within windows
+        assert in_frames == [False, True, False] and num_ends[0] == num_ends[2] > num_ends[1]
+    else:
+        assert all(in_frames)
 
 
 def test_inputs_lie_where_a_gpu_needs_them(run, monkeypatch):
@@ -240,6 +297,7 @@ def test_fully_shard_leaves_lengths_on_the_cpu(run):
 def test_saved_processor_resizes_as_training_did(run, tmp_path):
     load_processor(run.folder, run.config).save_pretrained(tmp_path)
     processor, policy = AutoProcessor.from_pretrained(tmp_path), run.encoder.policy
+    assert processor.tokenizer.padding_side == "left"
     for height, width in ((500, 900), (333, 207), (61, 64)):
         picture = torch.zeros((3, height, width), dtype=torch.uint8)
         grid = processor.image_processor([picture], return_tensors="pt")["image_grid_thw"][0]
@@ -265,25 +323,20 @@ def test_answers_are_those_of_plain_transformers(run):
         assert run.processor.batch_decode(new_tokens, skip_special_tokens=True) == [answer]
 
 
-def test_a_run_from_the_flags_to_the_answers(run, family_data, tmp_path, monkeypatch, capsys):
+def test_a_run_from_the_flags_to_the_answers(run, family_data, tmp_path, capsys):
     output_dir = tmp_path / "out"
-    argv = f"--model_name_or_path {run.folder} --train_data {family_data} --batch_size 6".split()
-    argv += f"--max_pixels 50176 --video_max_pixels 25088 --output_dir {output_dir}".split()
-    argv += "--device cpu --learning_rate 3e-3 --num_epochs 8".split()
-    argv += "--max_tokens 600 --num_workers 0".split()
-    monkeypatch.setattr(sys, "argv", ["finetune.py", *argv])
-    finetune.main()
-    losses = [
-        json.loads(line)["loss"] for line in (output_dir / "metrics.jsonl").read_text().splitlines()
-    ]
+    flags = f"--model_name_or_path {run.folder} --train_data {family_data} --batch_size 6".split()
+    flags += f"--max_pixels 50176 --video_max_pixels 25088 --output_dir {output_dir}".split()
+    flags += "--device cpu --learning_rate 3e-3 --num_epochs 8".split()
+    flags += "--max_tokens 600 --num_workers 0".split()
+    call(finetune, *flags)
+    losses = [row["loss"] for row in read_metrics(output_dir)]
     assert len(losses) == 8 and losses[-1] < 0.5 * losses[0]
 
     model = AutoModelForImageTextToText.from_pretrained(output_dir)
     assert model.dtype == torch.bfloat16 and model.config.model_type == run.family
-    prompts = Path(family_data)
-    argv = ["--model_dir", output_dir, "--prompts", prompts, "--max_new_tokens", "8"]
-    monkeypatch.setattr(sys, "argv", [str(part) for part in ("test.py", *argv)])
-    test_on_trained_model_by_us.main()
+    flags = ("--model_dir", output_dir, "--prompts", family_data, "--max_new_tokens", 8)
+    call(test_on_trained_model_by_us, *flags)
     assert capsys.readouterr().out.count("\nanswer: ") == 6
 
 

@@ -6,15 +6,21 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, set_up, tiny_config
-from test_one_rule import train_packed
-from transformers import AutoModelForImageTextToText
 
+import finetune
 import util.model.loss
-from benchmarks.bench_peers import make_data
-from finetune import main
+from helpers import (
+    CPU,
+    call,
+    mixed_conversations,
+    plain_model,
+    read_metrics,
+    set_up,
+    tiny_config,
+    write_data,
+)
 from util.model.families import part_of
-from util.model.load import load_model, load_model_to_answer
+from util.model.load import load_model_to_answer
 from util.model.loss import cross_entropy_sum
 from util.optim import build_optimizer, lean_block_size, set_learning_rate
 from util.tools.merge_adapter import merge_adapter
@@ -23,15 +29,6 @@ from util.tools.merge_adapter import merge_adapter
 def one_micro_batch(run):
     samples = [run.data.samples[i] for i in run.plan.step(0).samples]
     return run.data.samples.collate(samples)
-
-
-def backward(run):
-    """Run one micro-batch forward and backward; return the loss."""
-    micro_batch = one_micro_batch(run)
-    logits = run.model(**run.build_inputs(micro_batch)).logits
-    loss = cross_entropy_sum(logits, micro_batch.targets)
-    loss.backward()
-    return loss.item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -51,24 +48,6 @@ def test_the_chunked_loss_is_cross_entropy(monkeypatch, dtype, num_rows):
     assert loss_in_chunks.dtype == torch.float32
     assert loss_in_chunks.item() == pytest.approx(loss.item(), rel=1e-6)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
-
-
-@pytest.fixture(scope="module")
-def plain_run(mixed_data, tiny_folder, tmp_path_factory):
-    return train_packed(mixed_data, tiny_folder, tmp_path_factory.mktemp("plain"), num_workers=0)
-
-
-@pytest.mark.parametrize("layers", ["llm", "vision", "all"])
-def test_gradient_checkpointing_changes_nothing(
-    mixed_data, tiny_folder, tmp_path, plain_run, layers
-):
-    flags = {"gradient_checkpointing": layers, "num_workers": 0}
-    metrics, final = train_packed(mixed_data, tiny_folder, tmp_path, **flags)
-    plain_metrics, plain_final = plain_run
-    for mine, theirs in zip(metrics, plain_metrics, strict=True):
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-    assert (final - plain_final).norm() <= 1e-5 * plain_final.norm()
 
 
 def saved_bytes(run, module=None) -> int:
@@ -99,42 +78,42 @@ def test_checkpointed_layers_keep_less(mixed_data, tiny_folder):
     assert kept["all"] < kept["none"] / 4
 
 
-@pytest.mark.parametrize("parts", [["llm"], ["vision"], ["merger"], ["llm", "merger"]])
-def test_frozen_parts_do_not_move_by_one_bit(mixed_data, tiny_folder, parts):
-    run = set_up(tiny_config(train_data=[mixed_data], train=parts), tiny_folder)
+def longest_moves(run) -> dict[str, float]:
+    """Take one optimizer step at a learning rate of 1e-3; return how far each parameter moves."""
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     optimizer = build_optimizer(run.model, run.config)
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-3
-    backward(run)
+    set_learning_rate(optimizer, 0, 1, tiny_config(learning_rate=1e-3))
+    micro_batch = one_micro_batch(run)
+    logits = run.model(**run.build_inputs(micro_batch)).logits
+    cross_entropy_sum(logits, micro_batch.targets).backward()
     optimizer.step()
-    for name, parameter in run.model.named_parameters():
-        moved = not torch.equal(parameter, before[name])
-        assert moved == (part_of(name) in parts), name
+    after = run.model.named_parameters()
+    return {name: (p.detach() - before[name]).abs().max().item() for name, p in after}
 
 
-def test_a_frozen_vision_tower_keeps_no_graph(mixed_data, tiny_folder):
-    runs = {
-        part: set_up(tiny_config(train_data=[mixed_data], train=[part]), tiny_folder)
-        for part in ("all", "llm")
-    }
-    kept = {part: saved_bytes(run, run.model.model.visual) for part, run in runs.items()}
-    assert kept["llm"] == 0
-    assert kept["all"] > 2**20
+@pytest.mark.parametrize("parts", [["llm"], ["vision"], ["merger"], ["llm", "merger"]])
+def test_frozen_parts_do_not_move_by_one_bit(mixed_data, tiny_folder, parts):
+    flags = {"learning_rate": 1e-3, "train": parts}
+    run = set_up(tiny_config(train_data=[mixed_data], **flags), tiny_folder)
+    for name, move in longest_moves(run).items():
+        assert (move > 0) == (part_of(name) in parts), name
 
 
 def test_the_vision_learning_rate_is_that_of_tower_and_merger(mixed_data, tiny_folder):
     flags = {"learning_rate": 1e-3, "vision_learning_rate": 1e-4, "weight_decay": 0.0}
     run = set_up(tiny_config(train_data=[mixed_data], **flags), tiny_folder)
-    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-    optimizer = build_optimizer(run.model, run.config)
-    util.optim.set_learning_rate(optimizer, 1e-3)
-    backward(run)
-    optimizer.step()
-    for name, parameter in run.model.named_parameters():
+    for name, move in longest_moves(run).items():
         # AdamW's first step is as long as the learning rate, whatever the gradient.
-        longest = (parameter - before[name]).abs().max().item()
-        assert longest == pytest.approx(1e-3 if part_of(name) == "llm" else 1e-4, rel=0.02), name
+        assert move == pytest.approx(1e-3 if part_of(name) == "llm" else 1e-4, rel=0.02), name
+
+
+def test_a_frozen_vision_tower_keeps_no_graph(mixed_data, tiny_folder):
+    kept = {}
+    for part in ("all", "llm"):
+        run = set_up(tiny_config(train_data=[mixed_data], train=[part]), tiny_folder)
+        kept[part] = saved_bytes(run, run.model.model.visual)
+    assert kept["llm"] == 0
+    assert kept["all"] > 2**20
 
 
 def test_frozen_bf16_weights_give_the_logits_of_frozen_fp32_ones(mixed_data, tiny_folder, tmp_path):
@@ -151,60 +130,38 @@ def test_frozen_bf16_weights_give_the_logits_of_frozen_fp32_ones(mixed_data, tin
     assert torch.equal(halved, whole)
 
 
-def run_finetune(monkeypatch, *flags):
-    monkeypatch.setattr("sys.argv", ["finetune.py", *map(str, flags)])
-    main()
-
-
-def test_lora_trains_an_adapter_that_loads_and_merges(
-    mixed_data, tiny_folder, tmp_path, monkeypatch
-):
+def test_lora_trains_an_adapter_that_loads_and_merges(mixed_data, tiny_folder, tmp_path):
     out, merged = tmp_path / "out", tmp_path / "merged"
     flags = ("--model_name_or_path", "tiny", "--device", "cpu", "--train_data", mixed_data)
     flags = (*flags, "--lora_rank", 4, "--num_workers", 0, "--learning_rate", 1e-2)
-    run_finetune(monkeypatch, *flags, "--output_dir", out, "--max_steps", 4, "--save_steps", 2)
-    losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").open()]
-    assert losses[-1] < losses[0]
+    flags = (*flags, "--output_dir", out, "--max_steps", 4)
+    call(finetune, *flags, "--save_steps", 2)
+    metrics = read_metrics(out)
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
     assert sum(file.stat().st_size for file in out.glob("*.safetensors")) < 2**20
     assert "q_proj" in json.loads((out / "adapter_config.json").read_text())["target_modules"]
 
-    answering = load_model_to_answer(str(out), "sdpa", CPU, torch.float32)
     merge_adapter(str(out), str(merged))
-    full = load_model_to_answer(str(merged), "sdpa", CPU, torch.float32)
-    as_anyone_would = AutoModelForImageTextToText.from_pretrained(
-        out, dtype=torch.float32, attn_implementation="sdpa"
-    )
-    base = load_model_to_answer(tiny_folder, "sdpa", CPU, torch.float32)
+    models = {
+        "adapter": load_model_to_answer(str(out), "sdpa", CPU, torch.float32),
+        "merged": load_model_to_answer(str(merged), "sdpa", CPU, torch.float32),
+        "as anyone would": plain_model(str(out)),
+        "base": plain_model(tiny_folder),
+    }
     run = set_up(tiny_config(train_data=[mixed_data]), tiny_folder)
     inputs = run.build_inputs(run.data.samples.collate([run.data.samples[1]]))
     with torch.no_grad():
-        logits = {
-            name: model(**inputs).logits
-            for name, model in (
-                *(("adapter", answering), ("merged", full)),
-                *(("auto", as_anyone_would), ("base", base)),
-            )
-        }
-    assert (logits["adapter"] - logits["merged"]).abs().max() < 1e-4
-    assert (logits["adapter"] - logits["auto"]).abs().max() < 1e-4
-    assert (logits["adapter"] - logits["base"]).abs().max() > 1e-2
+        logits = {name: model(**inputs).logits for name, model in models.items()}
+    differences = {name: (logits["adapter"] - logits[name]).abs().max() for name in logits}
+    assert differences["merged"] < 1e-4 and differences["as anyone would"] < 1e-4
+    assert differences["base"] > 1e-2
 
     # Resumed at step 2, the run ends with the same adapter, bit for bit.
     first = (out / "adapter_model.safetensors").read_bytes()
     checkpoint = out / "checkpoint-2"
     assert (checkpoint / "adapter_config.json").is_file()
-    run_finetune(
-        monkeypatch, *flags, "--output_dir", out, "--max_steps", 4, "--resume_from", checkpoint
-    )
+    call(finetune, *flags, "--resume_from", checkpoint)
     assert (out / "adapter_model.safetensors").read_bytes() == first
-
-
-def test_lora_adapts_the_parts_that_train_names(mixed_data, tiny_folder):
-    config = tiny_config(train_data=[mixed_data], lora_rank=2, train=["vision"])
-    model = load_model(tiny_folder, "packed_sdpa", CPU, config)
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trained
-    assert all(".lora_" in name and part_of(name) == "vision" for name in trained)
 
 
 @pytest.fixture(scope="module")
@@ -215,17 +172,19 @@ def held_out_loss(tmp_path_factory):
     over a few samples, any rounding ends elsewhere.
     """
     folder = tmp_path_factory.mktemp("data")
-    make_data(folder, {"train": 400, "held_out": 80})
+    train_data, held_out = (
+        write_data(folder / f"{last}.json", mixed_conversations(folder, range(first, last)))
+        for first, last in ((0, 400), (400, 480))
+    )
 
     @functools.cache
     def loss(precision: str) -> float:
         out = tmp_path_factory.mktemp(precision) / "out"
         flags = ("--model_name_or_path", "tiny", "--device", "cpu", "--precision", precision)
-        flags = (*flags, "--train_data", folder / "train.json", "--video_fps", 1, "--batch_size", 8)
-        flags = (*flags, "--eval_data", folder / "held_out.json", "--learning_rate", 1e-4)
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            run_finetune(monkeypatch, *flags, "--num_epochs", 4, "--output_dir", out)
-        last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+        flags = (*flags, "--train_data", train_data, "--video_fps", 1, "--batch_size", 8)
+        flags = (*flags, "--eval_data", held_out, "--learning_rate", 1e-4)
+        call(finetune, *flags, "--num_epochs", 4, "--output_dir", out)
+        last = read_metrics(out)[-1]
         assert last["global_step"] == 200
         return last["eval_loss"]
 
@@ -256,7 +215,7 @@ def test_the_second_moments_of_norms_and_biases_fall_in_bf16_lean():
     bias = torch.nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))
     model = torch.nn.ParameterDict({"bias": bias})
     optimizer = build_optimizer(model, tiny_config(precision="bf16_lean"))
-    set_learning_rate(optimizer, 1e-5)
+    set_learning_rate(optimizer, 0, 1, tiny_config(learning_rate=1e-5))
     for step in range(1000):
         bias.grad = torch.full_like(bias, 7.0 if step < 3 else 0.1)
         optimizer.step()

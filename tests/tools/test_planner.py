@@ -1,25 +1,21 @@
 """The planner against the truth: what the allocator is asked for in a real step."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from conftest import CPU, encoder_for, set_up, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 import check_data
 import finetune
-import util.tools.planner
-from benchmarks.bench_2b import allocator_peak
+from helpers import CPU, allocator_peak, call, encoder_for, set_up, tiny_config
 from util.config import UserError
-from util.data.plan import Plan
-from util.model.load import load_model
-from util.model.loss import cross_entropy_sum
-from util.model.parts import choose_autocast
+from util.data.plan import Step
 from util.model.tiny import build_config
-from util.optim import build_optimizer
 from util.run import run_main
+from util.tools import planner
 from util.tools.flops import FlopCounter, peak_flops_of
 from util.tools.planner import GIB, plan_memory
 
@@ -43,30 +39,6 @@ def larger_tiny(tiny_folder, tmp_path_factory) -> str:
     return str(folder)
 
 
-def real_step(run, samples, num_micro_batches):
-    """Return the peak of an optimizer step, with the states of an earlier one standing."""
-    optimizer = build_optimizer(run.model, run.config)
-    parameters = [p for p in run.model.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    run.model.train()
-
-    def step():
-        for _ in range(num_micro_batches):
-            micro_batch = run.data.samples.collate([run.data.samples[i] for i in samples])
-            with choose_autocast(CPU, run.config.precision):
-                logits = run.model(**run.build_inputs(micro_batch)).logits
-            loss_sum = cross_entropy_sum(logits, micro_batch.targets)
-            del logits
-            loss_sum.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-
-    return allocator_peak(step, run.model, optimizer)
-
-
 @pytest.mark.parametrize(
     "flags",
     [
@@ -83,15 +55,21 @@ def real_step(run, samples, num_micro_batches):
         ),
     ],
 )
-def test_the_planned_peak_is_the_real_one(flags, mixed_data, larger_tiny):
-    folder = larger_tiny
-    config = tiny_config(train_data=[mixed_data], **({"batch_size": 8, "max_tokens": 2000} | flags))
-    run = set_up(config, folder)
-    model_config = transformers.AutoConfig.from_pretrained(folder)
+def test_the_planned_peak_is_the_real_one(flags, mixed_data, larger_tiny, tmp_path, monkeypatch):
+    flags = {"batch_size": 8, "max_tokens": 2000, "num_workers": 0} | flags
+    config = tiny_config(train_data=[mixed_data], output_dir=str(tmp_path), **flags)
+    run = set_up(config, larger_tiny)
+    model_config = transformers.AutoConfig.from_pretrained(larger_tiny)
     planned = plan_memory(model_config, run.processor, config, run.data, shard_size=1)
-    samples, is_accumulated = util.tools.planner.largest_micro_batch(run.data, model_config, config)
+    samples, is_accumulated = planner.largest_micro_batch(run.data, model_config, config)
+    steps = run.plan.steps(0, run.plan.num_steps_per_epoch)
+    assert samples in [micro_batch for step in steps for micro_batch in step.micro_batches[0]]
     assert is_accumulated == (config.max_tokens == 700)
-    peak = real_step(run, samples, 1 + is_accumulated)
+    # The loop's own step, with the states of an earlier one standing.
+    step = Step(0, 0, samples, [[samples] * (1 + is_accumulated)], 1, 1)
+    monkeypatch.setattr(run.data.plan, "steps", lambda first, last: [step, step])
+    arguments = (config, run.model, run.processor, run.data)
+    peak = allocator_peak(lambda: finetune.train(*arguments, None, 10, CPU), run.model)
     assert planned["peak_gib"] * GIB == pytest.approx(peak, rel=0.05)
 
 
@@ -107,11 +85,12 @@ def test_a_shard_holds_its_part_of_the_states(mixed_data, larger_tiny):
             plan_memory(model_config, run.processor, config, run.data, shard_size)
             for shard_size in (1, 4)
         )
-        for kind in ("weights_gib", "gradients_gib", "optimizer_gib"):
+        states = ("weights_gib", "gradients_gib", "optimizer_gib")
+        for kind in states:
             assert four[kind] == pytest.approx(one[kind] / 4, abs=1e-3)
-        states = 4 * four["weights_gib"] + 4 * four["gradients_gib"] + 4 * four["optimizer_gib"]
         working = four["activations_gib"] + four["logits_gib"]
-        assert four["peak_gib"] == pytest.approx(states / 4 + working, abs=5e-3)
+        held = sum(four[kind] for kind in states)
+        assert four["peak_gib"] == pytest.approx(held + working, abs=5e-3)
         peaks.append(working)
         gathered = 2 * one["weights_gib"]  # the root and blocks, at most
         assert working < one["activations_gib"] + one["logits_gib"] + gathered
@@ -149,44 +128,29 @@ def test_frozen_parts_cost_less(mixed_data, tiny_folder):
     assert flops["merger"] < flops["llm"] < flops["all"]
 
 
-def test_the_largest_micro_batch_is_planned(mixed_data, tiny_folder):
-    config = tiny_config(train_data=[mixed_data], batch_size=4, max_tokens=700)
-    run = set_up(config, tiny_folder)
-    model_config = transformers.AutoConfig.from_pretrained(tiny_folder)
-    largest, _ = util.tools.planner.largest_micro_batch(run.data, model_config, config)
-    plan = Plan(run.index, 4, run.plan.capacity, 0, 1)
-    every = [m for step in plan.steps(0, plan.num_steps_per_epoch) for m in step.micro_batches[0]]
-    assert largest in every
+def test_the_planner_prints_json_and_flags_that_fit(mixed_data, capsys):
+    def plan_for(gib):
+        flags = ("--train_data", mixed_data, "--model_name_or_path", "tiny", "--batch_size", 12)
+        call(check_data, *flags, "--plan", gib)
+        printed = capsys.readouterr().out
+        return printed, json.loads(printed.splitlines()[-1])
 
-
-def run_check(monkeypatch, capsys, *flags) -> dict:
-    monkeypatch.setattr("sys.argv", ["check_data.py", *map(str, flags)])
-    check_data.main()
-    printed = capsys.readouterr().out
-    return printed, json.loads(printed.splitlines()[-1])
-
-
-def test_the_planner_prints_json_and_flags_that_fit(mixed_data, monkeypatch, capsys):
-    flags = ("--train_data", mixed_data, "--model_name_or_path", "tiny", "--batch_size", 12)
-    printed, plan = run_check(monkeypatch, capsys, *flags, "--plan", 24)
+    printed, plan = plan_for(24)
     names = ("weights", "gradients", "optimizer", "activations", "logits", "peak")
     assert set(plan) == {*(f"{name}_gib" for name in names), "fits"}
-    assert plan["fits"]
-    assert "compute:" in printed
-    printed, plan = run_check(monkeypatch, capsys, *flags, "--plan", 0.9 * plan["peak_gib"])
+    assert plan["fits"] and "compute:" in printed
+    printed, plan = plan_for(0.9 * plan["peak_gib"])
     assert not plan["fits"]
     assert "with --gradient_checkpointing all: 0." in printed
 
 
 def test_what_cannot_fit_is_told_before_anything_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        util.tools.planner.psutil, "virtual_memory", lambda: type("", (), {"available": 30 * 2**20})
-    )
+    memory = SimpleNamespace(available=30 * 2**20)
+    monkeypatch.setattr(planner.psutil, "virtual_memory", lambda: memory)
     monkeypatch.setattr(finetune, "load_model", None)
     flags = ("--model_name_or_path", "tiny", "--device", "cpu", "--output_dir", tmp_path / "out")
-    monkeypatch.setattr("sys.argv", ["finetune.py", *map(str, flags)])
-    with pytest.raises(UserError, match=r"(?s)0.1 GiB.*--lora_rank 64"):
-        finetune.main()
+    with pytest.raises(UserError, match=r"(?s)take .* GiB.*--lora_rank 64"):
+        call(finetune, *flags)
 
 
 def test_out_of_memory_says_what_to_do():
@@ -195,11 +159,6 @@ def test_out_of_memory_says_what_to_do():
 
     with pytest.raises(SystemExit, match=r"(?s)--gradient_checkpointing all.*--plan.*2.00 GiB"):
         run_main(main)
-
-
-def test_tiny_has_room(tiny_folder):
-    util.tools.planner.check_fits(tiny_folder, tiny_config(), CPU, shard_size=1)
-    assert load_model(tiny_folder, "packed_sdpa", CPU, tiny_config()) is not None
 
 
 def test_gpus_are_known_by_the_names_that_the_driver_gives():

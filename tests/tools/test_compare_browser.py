@@ -3,16 +3,15 @@
 import json
 import os
 import shutil
-import sys
 
 import pytest
-from conftest import REPO
 from PIL import Image
 
 import compare
 import finetune
 import test_on_official_model
 import test_on_trained_model_by_us
+from helpers import REPO, call
 
 playwright_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
@@ -50,11 +49,6 @@ def page_files(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)  # so that the page shows no path of this machine
-
-        def call(script, *arguments):
-            monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
-            script.main()
-
         run = "train_output/run"
         # The pictures in docs/ show the default run; for the tests a few steps of it are enough.
         steps = () if UPDATE else ("--max_steps", 20, "--learning_rate", 3e-3)
@@ -220,8 +214,7 @@ def test_hostile_answers_do_nothing(page_files, open_page, tmp_path, monkeypatch
         paths[-1].write_text(json.dumps(saved))
     output = tmp_path / "hostile.html"
     monkeypatch.chdir(REPO)
-    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, paths), "--output", str(output)])
-    compare.main()
+    call(compare, *paths, "--output", output)
     page = open_page(output)
     page.wait_for_timeout(200)
     assert page.title() == "0 / 1"
