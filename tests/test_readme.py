@@ -1,4 +1,4 @@
-"""What the documents say is so: commands run, flags exist, files are there, quotes are true."""
+"""What the documents say is so: commands run, flags exist, files are there."""
 
 import dataclasses
 import json
@@ -10,26 +10,32 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from conftest import REPO
-from test_end_to_end import run_script
 
-from benchmarks import bench_fit
+from helpers import REPO, run_script
 from util import check_requirements
-from util.config import TINY_NOTICE, Config
+from util.config import TINY_NOTICE, Config, UserError
 from util.data.conversation import parse_conversation
+from util.tools import flags
 
-# Each is followed by the same page in Chinese.
-ENGLISH = ("README.md", "docs/loop.md", "docs/measured.md", "docs/flags.md")
+TOPICS = "data distributed faq flags from-zero loop measured memory publish".split()
+ENGLISH = ["README.md", *(f"docs/{topic}.md" for topic in TOPICS)]
 PAIRS = [(name, name.replace(".md", ".zh.md")) for name in ENGLISH]
-PAGES = [name for pair in PAIRS for name in pair]
+PAGES = [name for pair in PAIRS for name in pair] + ["CONTRIBUTING.md"]
+MOST_LINES = {"README.md": 220, "CONTRIBUTING.md": 80}
 TEXTS = {name: (REPO / name).read_text(encoding="utf-8") for name in PAGES}
 README = TEXTS["README.md"]
+DOCS = REPO / "docs"
 
 
 def code_blocks(text: str, language: str = "[a-z]*") -> list[str]:
     """Return what stands in the code blocks of a page."""
     found = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", text, re.M | re.S)
     return [textwrap.dedent(block) for _, block in found]
+
+
+def without_code(text: str) -> str:
+    """Return a page without its code blocks."""
+    return re.sub(r"^ *```.*?^ *```$", "", text, flags=re.M | re.S)
 
 
 def commands(text: str, language: str) -> list[str]:
@@ -46,6 +52,16 @@ RUN_ELSEWHERE = {"./finetune.sh", "./run_tests.sh"}
 # Resuming, with real signals, is what test_faults.py does; here the flags are enough.
 SHORTENED = "--max_steps 3 --save_steps 2".split()
 SHORT_RUN = "./finetune.sh --output_dir train_output/mine --save_steps 50"
+
+
+def test_no_page_is_missing_here_and_none_is_too_long():
+    pages = {path.relative_to(REPO).as_posix() for path in [*REPO.glob("*.md"), *DOCS.glob("*.md")]}
+    assert pages == set(PAGES)
+    for name, most in MOST_LINES.items():
+        assert len(TEXTS[name].splitlines()) <= most
+    for name in (*ENGLISH, "CONTRIBUTING.md"):
+        prose = [line for line in without_code(TEXTS[name]).splitlines() if line[:1] != "|"]
+        assert [line for line in prose if len(line) > 100] == []
 
 
 def test_the_two_commands_come_first():
@@ -113,9 +129,21 @@ def check_launcher(command, output_dir, short_run):
     assert (output_dir / "checkpoint-2").is_dir() and (output_dir / "model.safetensors").is_file()
 
 
-def test_the_table_of_flags_is_complete():
-    table = re.findall(r"^\| `--(\w+)` \|", TEXTS["docs/flags.md"], re.M)
-    assert table == [field.name for field in dataclasses.fields(Config)]
+def test_the_tables_of_flags_are_those_that_config_py_makes():
+    """If not: python -m util.tools.flags."""
+    for path, page in flags.make_pages().items():
+        assert page == path.read_text(encoding="utf-8")
+        table = re.findall(r"^\| `--(\w+)`", page, re.M)
+        assert table == [field.name for field in dataclasses.fields(Config)]
+
+
+def test_flags_whose_help_has_changed_since_its_translation_are_named(tmp_path, monkeypatch):
+    pairs = json.loads((flags.DOCS / "flags.zh.json").read_text(encoding="utf-8"))
+    pairs["seed"][0], pairs["gone"] = "another help", pairs.pop("device")
+    (tmp_path / "flags.zh.json").write_text(json.dumps(pairs))
+    monkeypatch.setattr(flags, "DOCS", tmp_path)
+    with pytest.raises(UserError, match=r"has changed of seed, device, gone$"):
+        flags.make_pages()
 
 
 # Of hf, vllm, pip, docker, Slurm, tensorboard and run_tests.sh; and one that is said not to exist.
@@ -137,8 +165,8 @@ def test_flags_that_are_named_exist(name):
 
 def headings(text: str) -> list[tuple[int, str]]:
     """Return (level, title) of every heading; lines of code are none."""
-    text = re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S)
-    return [(len(marks), title) for marks, title in re.findall(r"^(#+) (.+)$", text, re.M)]
+    found = re.findall(r"^(#+) (.+)$", without_code(text), re.M)
+    return [(len(marks), title) for marks, title in found]
 
 
 def anchors(text: str) -> set[str]:
@@ -166,6 +194,34 @@ def test_links_and_named_files_exist(name):
         assert (REPO / module.replace(".", "/")).with_suffix(".py").is_file(), module
     for script in re.findall(r"python ([\w/]+\.py)", text):
         assert (REPO / script).is_file(), script
+
+
+def test_the_tree_of_files_has_every_file_once():
+    (tree,) = [block for block in code_blocks(README) if block.startswith("finetune.py ")]
+    files, folders, path = [], [], []  # the last: folders above a line, and its name
+    for line in tree.splitlines():
+        name, _, meaning = line.partition(" # ")
+        path[len(name) - len(name.lstrip()) >> 1 :] = [name.strip()]
+        is_folder = path[-1].endswith("/")
+        (folders if is_folder else files).append("".join(path))
+        assert meaning or is_folder, line
+    scripts = [p.name for ending in ("py", "sh", "ipynb") for p in REPO.glob(f"*.{ending}")]
+    found = [p.relative_to(REPO) for p in (REPO / "util").rglob("*.*") if p.is_file()]
+    modules = [
+        p.as_posix()
+        for p in found
+        if p.name != "__init__.py" and not {"tiny", "__pycache__"} & set(p.parts)
+    ]
+    assert sorted(files) == sorted(scripts + modules)
+    # tiny/ comes with a change of its own.
+    assert [f for f in folders if not (REPO / f).is_dir()] in ([], ["util/model/tiny/"])
+
+
+def test_what_checks_a_commit_is_the_pinned_ruff():
+    pins = (REPO / "requirements-dev.txt").read_text()
+    hooks = (REPO / ".pre-commit-config.yaml").read_text()
+    assert re.search(r"ruff==(\S+)", pins)[1] == re.search(r"rev: v(\S+)", hooks)[1]
+    assert "bash .ci/run" in (REPO / ".github" / "workflows" / "ci.yml").read_text()
 
 
 FIGURE = re.compile(r"\d+(?:[.,]\d+)*(?:e-\d+)?")
@@ -201,7 +257,7 @@ def test_the_chinese_page_has_the_same_content(name, chinese):
 @pytest.mark.parametrize("name", PAGES)
 def test_no_line_break_stands_between_chinese_letters(name):
     """It would be shown as a space."""
-    text = re.sub(r"^ *```.*?^ *```", "", TEXTS[name], flags=re.M | re.S)
+    text = without_code(TEXTS[name])
     assert re.findall(r"[\u4e00-\u9fff] *\n *[\u4e00-\u9fff].*", text) == []
 
 
@@ -211,19 +267,20 @@ def test_the_readme_quotes_the_notice_of_the_toy_model(name):
 
 
 def test_the_examples_of_data_are_conversations():
-    blocks = [json.loads(block) for block in code_blocks(README, "json")]
+    both = code_blocks(README, "json") + code_blocks(TEXTS["docs/data.md"], "json")
+    blocks = [json.loads(block) for block in both]
     records = [r for block in blocks for r in (block if isinstance(block, list) else [block])]
     kinds = set()
     for record in records:
         for message in parse_conversation(record):
             if not isinstance(message["content"], str):
                 kinds |= {item["type"] for item in message["content"]}
-    assert len(records) == 6 and kinds == {"text", "image", "video"}
+    assert len(records) == 8 and kinds == {"text", "image", "video"}
 
 
 def test_hf_takes_the_upload_command(tmp_path):
     """It gets as far as looking for the folder."""
-    (command,) = [c for c in commands(README, "sh") if c.startswith("hf upload")]
+    (command,) = [c for c in commands(TEXTS["docs/publish.md"], "sh") if c.startswith("hf upload")]
     words = shlex.split(command)
     words[0], words[3] = str(Path(sys.executable).with_name("hf")), str(tmp_path / "none")
     printed = run_script(*words, code=1, HF_HUB_OFFLINE="1")
@@ -231,26 +288,11 @@ def test_hf_takes_the_upload_command(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["docs/loop.md", "docs/loop.zh.md"])
-def test_the_page_on_the_loop_quotes_it_whole(name):
-    script = (REPO / "finetune.py").read_text(encoding="utf-8")
-    quotes = re.findall(r"```python\n(.*?)```", TEXTS[name], re.S)
-    place = 0
-    for quote in quotes:
-        assert quote in script[place:], f"not in finetune.py, or not in this order:\n{quote}"
-        place = script.index(quote, place) + len(quote)
-    first, last = "    for step in data.plan", "        optimizer.zero_grad(set_to_none=True)\n"
-    step = script[script.index(first) : script.index(last) + len(last)]
-    quoted = {line for quote in quotes for line in quote.splitlines()}
-    assert [line for line in step.splitlines() if line and line not in quoted] == []
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_the_table_of_what_fits_is_the_planners(tmp_path):
-    loaded = bench_fit.load_models()
-    data_file = bench_fit.write_data(tmp_path, loaded[0][1])
-    changes = {"gradient_checkpointing": "all", "precision": "bf16_lean"}
-    assert bench_fit.table_row(loaded, data_file, changes) in README.splitlines()
+def test_the_page_on_the_loop_has_every_field_of_the_metrics(name, short_run):
+    (table,) = tables(TEXTS[name])
+    fields = [field for row in table for field in re.findall(r"`(\w+)`", row[0])]
+    lines = (short_run / "metrics.jsonl").read_text().splitlines()
+    assert set(fields) == set(json.loads(lines[0]))
 
 
 def test_the_two_commands_work_in_an_empty_path(tmp_path):
