@@ -4,7 +4,6 @@ import functools
 import itertools
 import json
 import os
-import pickle
 import shutil
 import signal
 from contextlib import nullcontext
@@ -19,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import finetune
 from helpers import CPU, read_metrics, set_up, tiny_config, undamaged_steps, weights
 from util import checkpoint as saving
-from util import logutil
+from util import logutil, shards
 from util.checkpoint import check_same_run, damage, find_checkpoint, list_checkpoints, rewind_files
 from util.config import UserError
 from util.model import load
@@ -106,7 +105,7 @@ def test_a_resumed_run_is_the_run_that_would_have_been(run, monkeypatch):
     straight = run("straight")
     for stop_after, num_workers, file_bytes in ((7, 0, 5 * 2**20), (8, 2, 2**30)):
         # What is copied from a GPU is in main memory until its file is closed: there are several.
-        monkeypatch.setattr(saving, "SHARD_FILE_BYTES", file_bytes)
+        monkeypatch.setattr(shards, "SHARD_FILE_BYTES", file_bytes)
         stopped = run("broken", stop_after=stop_after, num_workers=num_workers)
         assert len(stopped.metrics) == stop_after
         checkpoint = stopped.folder / f"checkpoint-{stop_after}"
@@ -128,9 +127,7 @@ def test_a_checkpoint_is_a_model_folder(saved):
     state = saving._read_state(folder)
     assert state["global_step"] == 3 and state["versions"]["torch"] in torch.__version__
     assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt"))
-    # A path is pickled otherwise by Python 3.13, and nobody else has to know it.
-    metadata = (folder / "resume" / ".metadata").read_bytes()
-    assert b"pathlib" not in metadata and b"checkpoint-3" not in metadata
+    assert "checkpoint-3" not in (folder / "resume" / "index.json").read_text()
 
 
 def write_state(checkpoint, **changes):
@@ -216,28 +213,10 @@ def test_an_evaluation_that_fails_costs_no_step(run, mixed_data, tmp_path):
     assert undamaged_steps(tmp_path / "out") == [3]
 
 
-class Opens:
-    """Pickled, it calls open() as it is loaded."""
-
-    def __reduce__(self):
-        return open, ("opened", "w")
-
-
-def test_metadata_that_could_run_code_are_not_loaded(saved, monkeypatch, tmp_path):
-    folder = saved / "checkpoint-3"
-    path = folder / "resume" / ".metadata"
-    path.write_bytes(pickle.dumps(Opens()))
-    files = saving._read_state(folder)["files"]
-    files["resume/.metadata"] = [path.stat().st_size, saving._checksum(path)]
-    write_state(folder, files=files)
-    monkeypatch.chdir(tmp_path)
-    assert "it asks for" in damage(folder) and not (tmp_path / "opened").exists()
-
-
 VICTIMS = {
     "state": "resume/state.json",
     "shards": "resume/__0_0.distcp",
-    "metadata": "resume/.metadata",
+    "index": "resume/index.json",
 }
 
 
@@ -343,7 +322,7 @@ def test_output_folders_that_do_not_fit(finished, tmp_path):
     [
         (saving.shutil, "disk_usage", [SimpleNamespace(free=1000)], "GiB are free"),
         (load, "_write_model", SafetensorError(f"I/O error: {FULL} (os error 28)"), FULL),
-        (saving._ShardWriter, "_write_data", OSError(28, FULL), FULL),
+        (shards.ShardWriter, "_write_data", OSError(28, FULL), FULL),
     ],
     ids=["before", "export", "shards"],
 )

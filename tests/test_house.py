@@ -13,7 +13,7 @@ FLOORS = [
     {"util.data"},
     {"util.logutil"},
     {"util.model", "util.optim"},
-    {"util.checkpoint", "util.distributed"},
+    {"util.checkpoint", "util.distributed", "util.shards"},
     {"util.tools"},
 ]
 

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import re
 import shutil
 import time
@@ -40,21 +39,10 @@ from util.logutil import log_left_out, plot_loss, setup_logging, versions
 from util.model.load import export_model
 from util.optim import moment_bytes
 from util.run import is_main_process, on_main_process, open_output_dir
+from util.shards import ShardPlanner, ShardReader, ShardWriter, read_index
 
 logger = logging.getLogger("finetune")
 
-# Bytes of a file of shards: so much of what is on a GPU is in main memory while it is written.
-SHARD_FILE_BYTES = 2**30
-# What .metadata of torch.distributed.checkpoint is made of, and nothing that could run code.
-METADATA_CLASSES = {
-    "torch.distributed.checkpoint.metadata": {
-        *("Metadata", "MetadataIndex", "TensorProperties", "_MEM_FORMAT_ENCODING"),
-        *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size", "float32", "bfloat16", "int64", "uint8"},
-}
 # Flags that a resumed run may change; all others set the mathematics.
 MACHINE_SETTINGS = {
     *("output_dir", "num_epochs", "max_steps", "max_tokens", "num_workers", "device"),
@@ -67,9 +55,17 @@ OPTIONS = StateDictOptions(
     flatten_optimizer_state_dict=True, ignore_frozen_params=True, strict=False
 )
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-STATE_FILE = Path("resume") / "state.json"
+RESUME_DIR = "resume"
+STATE_FILE = Path(RESUME_DIR) / "state.json"
 # Cut back on resume, so that every step is in them once.
 REWOUND_FILES = ("metrics.jsonl", "train.log")
+# What state.json holds; of a checkpoint from elsewhere, nothing is believed before it is checked.
+STATE_TYPES = {"global_step": int, "config": dict, "data_digest": str, "random_states": dict} | {
+    "eval_loss": (int, float, type(None)),
+    "versions": dict,
+    "sizes": dict,
+    "files": dict,
+}
 
 
 # ---------------------------------------------------------------- save
@@ -101,7 +97,7 @@ def save_checkpoint(
         on_main_process(_start_writing, partial, model, config)
         tensors = _state_dict(model, optimizer, has_moments=bool(optimizer.state))
         with _quiet():
-            writer = _ShardWriter(partial / "resume", per_thread_copy_ahead=0)
+            writer = ShardWriter(partial / RESUME_DIR)
             dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
         _export(model, processor, partial)
         on_main_process(config.save, partial / "config_used.json")
@@ -121,30 +117,6 @@ def save_checkpoint(
     except OSError as error:
         logger.warning(f"{output_dir}: old checkpoints could not be deleted: {error}")
     return True
-
-
-class _ShardWriter(dcp.FileSystemWriter):
-    """Writes one file after the other, each of about SHARD_FILE_BYTES.
-
-    torch 2.14 keeps what it has copied from the GPU until a file is closed
-    (https://github.com/pytorch/pytorch/issues/195982), so that one file of all would take as much
-    main memory as the checkpoint has bytes. Can go when that is closed.
-    """
-
-    def storage_meta(self):
-        """Leave out the folder: it will be renamed, and a Path is another class in Python 3.13."""
-        return None
-
-    def write_data(self, plan, planner):
-        """Count files: the writer of torch takes one for each thread."""
-        tensors = [item.tensor_data for item in plan.items if item.tensor_data]
-        sizes = [math.prod(t.chunk.sizes) * t.properties.dtype.itemsize for t in tensors]
-        self.thread_count = 1 + sum(sizes) // SHARD_FILE_BYTES
-        return super().write_data(plan, planner)
-
-    def _write_data(self, planner, file_queue):
-        self.thread_count = 1
-        return super()._write_data(planner, file_queue)
 
 
 def finish_run(model, processor, config: Config, started: float) -> None:
@@ -229,8 +201,8 @@ def _finish_writing(partial: Path, final: Path, state: dict) -> None:
     files = (final.parent / name for name in REWOUND_FILES)
     sizes = {file.name: file.stat().st_size for file in files if file.is_file()}
     paths = sorted(path for path in partial.rglob("*") if path.is_file())
-    shards = {entry.relative_path for entry in _read_metadata(partial).storage_data.values()}
-    if missing := {partial / "resume" / name for name in shards} - set(paths):
+    places = read_index(partial / RESUME_DIR).storage_data.values()
+    if missing := {partial / RESUME_DIR / place.relative_path for place in places} - set(paths):
         raise OSError(f"{min(missing)}, which another rank has written, is not there")
     checksums = _checksums(paths)
     written = {
@@ -241,7 +213,7 @@ def _finish_writing(partial: Path, final: Path, state: dict) -> None:
     state |= {"sizes": sizes, "files": written}
     text = json.dumps({"state": state, "sha256": _digest(state)}, indent=1)
     (partial / STATE_FILE).write_text(text, encoding="utf-8")
-    for path in (*paths, partial / STATE_FILE, partial / "resume", partial):
+    for path in (*paths, partial / STATE_FILE, partial / RESUME_DIR, partial):
         _flush(path)
     os.rename(partial, final)
     _flush(final.parent)
@@ -266,25 +238,6 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module, name):
-        if name not in METADATA_CLASSES.get(module, ()):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
-
-
-def _read_metadata(folder: Path):
-    """Return .metadata of torch.distributed.checkpoint: the names of tensors, and their files.
-
-    Raises ValueError where it, a pickle, holds anything but what belongs there.
-    """
-    with (folder / "resume" / ".metadata").open("rb") as file:
-        try:
-            return _MetadataUnpickler(file).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError) as error:
-            raise ValueError(f"resume/.metadata: {error}") from error
-
-
 def _digest(state: dict) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
@@ -296,7 +249,7 @@ def _prune(output_dir: Path, config: Config) -> None:
     for path in checkpoints:
         try:
             state = _read_state(path)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError):
             continue  # damaged: resuming will say so
         loss = math.nan if state["eval_loss"] is None else state["eval_loss"]
         if math.isfinite(loss) and state["config"]["eval_data"] == config.eval_data:
@@ -370,6 +323,12 @@ def damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint's files, or None."""
     try:
         files = _read_state(folder)["files"]
+        for path in folder.rglob("*"):
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                return f"{path.relative_to(folder)} is a link, or no regular file"
+        resume = {path.relative_to(folder) for path in (folder / RESUME_DIR).iterdir()}
+        if strays := resume - {STATE_FILE, *map(Path, files)}:
+            return f"{min(strays)} was not written with it"
         for name, (size, _) in files.items():
             if (folder / name).stat().st_size != size:
                 return f"{name} has {(folder / name).stat().st_size} bytes, not {size}"
@@ -377,19 +336,38 @@ def damage(folder: Path) -> str | None:
         for (name, (_, expected)), checksum in zip(files.items(), checksums):
             if checksum != expected:
                 return f"{name} does not have the checksum that it was written with"
-        _read_metadata(folder)
+        read_index(folder / RESUME_DIR)
     except FileNotFoundError as error:
         return f"{error.filename} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{STATE_FILE} cannot be read: {error}"
+    except (OSError, ValueError) as error:
+        return str(error)
     return None
 
 
 def _read_state(folder: Path) -> dict:
-    content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    if content["sha256"] != _digest(content["state"]):
-        raise ValueError("it does not have the checksum that it was written with")
-    return content["state"]
+    """Return what state.json holds. Raises ValueError where that is not what was written."""
+    try:
+        content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        state = content["state"]
+        is_whole = content["sha256"] == _digest(state)
+        for name, kind in STATE_TYPES.items():
+            if not isinstance(state[name], kind):
+                raise ValueError(f"{name} is {state[name]!r:.80}")
+        for name, (size, checksum) in state["files"].items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{name!r:.80} is outside of the checkpoint")
+            if not (isinstance(size, int) and isinstance(checksum, str)):
+                raise ValueError(f"{name!r:.80} has size {size!r:.80}")
+        for name, size in state["sizes"].items():
+            if name not in REWOUND_FILES or not isinstance(size, int) or size < 0:
+                raise ValueError(f"{name!r:.80} is not to be cut to {size!r:.80} bytes")
+        if len(bytes.fromhex(state["random_states"]["cpu"])) != len(torch.get_rng_state()):
+            raise ValueError("the random state is of another length")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{STATE_FILE} cannot be read: {error!r:.200}") from error
+    if not is_whole:
+        raise ValueError(f"{STATE_FILE} does not have the checksum that it was written with")
+    return state
 
 
 def open_run(config: Config, device: torch.device) -> tuple[Config, Path | None]:
@@ -475,28 +453,22 @@ def rewind_files(folder: Path) -> None:
             os.truncate(path, size)
 
 
-class _SafeLoadPlanner(dcp.DefaultLoadPlanner):
-    """Loads only what could not run code: torch 2.14 loads all that are no tensors as pickles."""
-
-    def load_bytes(self, read_item, value):
-        """Put a value that is no tensor where it belongs, once it is known to be harmless."""
-        torch.load(value, weights_only=True)
-        value.seek(0)
-        super().load_bytes(read_item, value)
-
-
 def load_checkpoint(folder: Path, model, optimizer) -> tuple[int, float | None]:
     """Put a checkpoint into `model` and `optimizer`; return the steps done and the held-out loss.
 
     The loss is None where it was not measured. Called by all ranks, of which there may be another
     number than when it was written.
     """
-    names = _read_metadata(folder).state_dict_metadata
+    names = read_index(folder / RESUME_DIR).state_dict_metadata
     tensors = _state_dict(model, optimizer, any(name.startswith("optimizer.") for name in names))
     with _quiet():
-        reader, planner = dcp.FileSystemReader(folder / "resume"), _SafeLoadPlanner()
+        reader, planner = ShardReader(folder / RESUME_DIR), ShardPlanner()
         no_dist = not dist.is_initialized()
-        dcp.load(tensors, storage_reader=reader, planner=planner, no_dist=no_dist)
+        try:
+            dcp.load(tensors, storage_reader=reader, planner=planner, no_dist=no_dist)
+        except CheckpointException as error:
+            reason = next(iter(error.failures.values()))[0]
+            raise UserError(f"{folder}: cannot be loaded: {reason!r:.300}") from None
     set_model_state_dict(model, tensors["model"], options=OPTIONS)
     if "optimizer" in tensors:
         set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=OPTIONS)
