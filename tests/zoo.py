@@ -214,14 +214,14 @@ def encode_image(picture: np.ndarray | Image.Image, form: str, **options) -> byt
     return buffer.getvalue()
 
 
-def bomb(path: Path) -> str:
-    """Write a PNG of 50,000 x 50,000 pixels: its header, and almost nothing else."""
+def bomb(path: Path, side: int = 50000) -> str:
+    """Write a PNG of `side` x `side` pixels: its header, and almost nothing else."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         crc = zlib.crc32(kind + content)
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
 
-    header = struct.pack(">IIBBBBB", 50000, 50000, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     chunks = chunk(b"IHDR", header) + chunk(b"IDAT", b"x\x9c\x00") + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
     return str(path)

@@ -1,5 +1,7 @@
 """Pictures: their size as they are shown, and their pixels, upright, over white."""
 
+import re
+import warnings
 from contextlib import nullcontext
 from io import BytesIO
 
@@ -7,6 +9,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+# What is opened, under whatever name: formats that Pillow (HEIF: a plug-in) decodes itself. EPS is
+# a program, which Pillow has Ghostscript run.
+FORMATS = "JPEG PNG WEBP GIF BMP DIB TIFF PPM ICO AVIF JPEG2000 HEIF TGA".split()
+# Decoding takes up to 18 bytes a pixel, so these 1.8 GB. Pillow refuses twice its own limit, of
+# pictures and of those inside of them (ICO), by their headers.
+MAX_PIXELS = 100 * 10**6
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # Where a PNG can say how it is turned: its own chunk, as ImageMagick writes it, as Adobe does.
 PNG_EXIF_KEYS = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
 
@@ -15,15 +25,28 @@ def open_image(source: str | BytesIO | Image.Image):
     """Return a picture as a context manager that closes what it opened; its header is read."""
     if isinstance(source, Image.Image):
         return nullcontext(source)
+    Image.init()
     try:
-        image = Image.open(source)
+        image = Image.open(source, formats=[form for form in FORMATS if form in Image.OPEN])
     except Image.DecompressionBombError as error:
-        raise ValueError(f"the picture is too large to open safely: {error}") from error
+        pixels = int(re.search(r"\d+", str(error))[0])
+        raise ValueError(f"{pixels:,} pixels, over {MAX_PIXELS:,}: resize the file") from error
     except UnidentifiedImageError as error:
-        raise ValueError("it is no picture of a known format") from error
+        raise ValueError(_why_unknown(source)) from error
     if image.mode == "F":
         raise ValueError("pixels in floating point have no fixed range: store them as 8 bits")
     return image
+
+
+def _why_unknown(source: str | BytesIO) -> str:
+    """Return why Pillow opens no picture there; a format that it would open is named."""
+    with nullcontext(source) if isinstance(source, BytesIO) else open(source, "rb") as file:
+        file.seek(0)
+        start = file.read(16)
+    others = [(name, test) for name, (_, test) in Image.OPEN.items() if name not in FORMATS]
+    if names := [name for name, test in others if test and test(start) is True]:
+        return f"{' or '.join(names)} is no format that is opened: convert it to PNG or JPEG"
+    return "it is no picture of a known format"
 
 
 def image_size(source: str | BytesIO | Image.Image) -> tuple[int, int]:

@@ -22,8 +22,13 @@ SEEKABLE_CODECS = {"h264", "hevc", "vp8", "vp9", "libdav1d", "av1", "mpeg2video"
 SKIPPING_CODECS = {"h264", "hevc", "mpeg2video"}
 # The nearest that swscale has to torchvision's antialiased bicubic: 52 dB on photographs.
 INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-# How files begin that name other files to open: HLS, and FFmpeg's concat.
-PLAYLISTS = (b"#EXTM3U", b"\xef\xbb\xbf#EXTM3U", b"ffconcat")
+# What FFmpeg may open, by the names of its demuxers: files of videos and animated pictures. It has
+# hundreds more: some draw any text as a film (tty), or open what the file names (hls, concat).
+FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,vvc,av1,obu,"
+    "ivf,ogg,asf,mxf,gxf,dv,rm,nut,wtv,yuv4mpegpipe,mjpeg,gif,apng,webp,jpegxl_anim,avif"
+)
+MAX_FRAME_PIXELS = 8192 * 4352  # 8K; a decoder may hold 16 frames of up to 6 bytes a pixel
 ATTACHED_PICTURE = 1024  # a cover, not a video. Source: AV_DISPOSITION_ATTACHED_PIC, avformat.h
 
 
@@ -119,19 +124,30 @@ class VideoReader:
             source.seek(0)
         else:
             source = f"file:{source}"  # a name like a:b.mp4 is no URL
-        # A playlist must not make this machine call out.
-        options = {"protocol_whitelist": "file"}
-        self._container = av.open(source, metadata_errors="ignore", options=options)
+        options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+        try:
+            self._container = av.open(source, metadata_errors="ignore", options=options)
+        except (av.error.ArgumentError, av.error.InvalidDataError) as error:
+            raise ValueError(
+                "it is no whole file of a format that is opened as video (mp4, mov, mkv, webm, "
+                "avi, ts, mpg, flv, wmv, gif and the like): convert it to mp4"
+            ) from error
         streams = self._container.streams.video
         self._stream = next((s for s in streams if not s.disposition & ATTACHED_PICTURE), None)
         if self._stream is None:
             raise ValueError("the file has no video stream")
         self._decoder = self._stream.codec_context
+        width, height = self._decoder.width, self._decoder.height
+        if width * height > MAX_FRAME_PIXELS:
+            raise ValueError(
+                f"frames of {width} x {height} pixels, over {MAX_FRAME_PIXELS:,}: resize the file"
+            )
+        self._decoder.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # headers can be wrong
         self._decoder.thread_count, self._decoder.thread_type = self._num_threads, "AUTO"
         self.codec = self._decoder.name
 
     def _check_bytes(self) -> None:
-        """Raise ValueError where the file names other files, or its bytes say it was cut off."""
+        """Raise ValueError where the bytes of the file say it was cut off."""
         with contextlib.ExitStack() as stack:
             file = self._source
             if isinstance(file, str):
@@ -141,8 +157,6 @@ class VideoReader:
             length = file.seek(0, os.SEEK_END)
             file.seek(max(0, length - 64))
             end = file.read().rstrip(b"\0")
-        if start.startswith(PLAYLISTS):
-            raise ValueError("a playlist is no video")
         declared = declared_length(start)
         if declared and length < declared:
             raise ValueError(f"the file is cut off: {length:,} of {declared:,} bytes")
@@ -231,7 +245,7 @@ class VideoReader:
         # What decoding from key frames does not yield (a key frame that is none, as with intra
         # refresh), decoding everything does, or the file is damaged.
         for decode in (self._decode_sparsely, self._decode_from_the_start):
-            with contextlib.suppress(av.error.InvalidDataError):
+            with contextlib.suppress(av.error.InvalidDataError, av.error.ArgumentError):
                 for time, frame in decode(sorted(rows)):
                     planes = self._to_rgb(frame, height, width)
                     for channel, plane in enumerate(planes):
