@@ -95,7 +95,7 @@ def check_files(names: list[str], encoder: SampleEncoder, config: Config, decode
     index, problems = build_index(records, encoder)
     problems += check_lengths(records, index, config.max_tokens, encoder)
     if decode:
-        problems += decode_all(records, index, encoder)
+        problems += decode_all(records, index, config.max_tokens, encoder)
     if index.num_tokens.any():
         print(f"{' '.join(names)}: {index.summary()}")
         print_lengths(index)

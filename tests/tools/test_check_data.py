@@ -265,6 +265,13 @@ def test_all_that_headers_tell_is_found_without_decoding(check_data, folder):
     assert missed == {"32-bit pixels", "cut JPEG", "garbled mp4"}
 
 
+def test_what_is_too_long_to_be_trained_on_is_not_decoded(check_data, folder):
+    records = [talk(user(image("cut.jpg")), assistant("word " * 2000)), talk(*GOOD)]
+    (folder / "data.json").write_text(json.dumps(records))
+    printed = check_data("--train_data", folder / "data.json", "--decode", code=1)
+    assert "more than --max_tokens" in printed and "truncated" not in printed
+
+
 def test_two_thousand_samples_take_less_than_twelve_seconds(check_data, tmp_path, monkeypatch):
     """Measured in CPU time, all processes together: other programs do not slow that down."""
     monkeypatch.setattr(index, "CACHE_DIR", tmp_path / "cache")

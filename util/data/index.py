@@ -79,9 +79,13 @@ def build_index(records: Records, encoder: SampleEncoder) -> tuple[Index, list[s
     return Index(*rows.T), problems
 
 
-def decode_all(records: Records, index: Index, encoder: SampleEncoder) -> list[str]:
-    """Decode every indexed sample, in parallel, and return a list of problems."""
-    numbers = np.flatnonzero(index.num_tokens > 0)
+def decode_all(records: Records, index: Index, max_tokens: int, encoder) -> list[str]:
+    """Decode every sample that fits, in parallel, and return a list of problems.
+
+    What is longer is never trained on, and could take all memory there is.
+    """
+    capacity = max_tokens - encoder.num_dummy_tokens
+    numbers = np.flatnonzero((index.num_tokens > 0) & (index.num_tokens <= capacity))
     results = run_all(_decode, "decode", numbers, records, encoder)
     return [f"{records.where(i)}: {problem}" for i, problem in results if problem]
 
