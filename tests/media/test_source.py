@@ -67,6 +67,14 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.server.paths.append(self.path)
         if self.path == "/missing.png":
             return self.send_error(404)
+        if self.path.startswith("/to/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/to/"))
+            return self.end_headers()
+        if self.path in ("/503.png", "/429.png") and self.server.paths.count(self.path) < 3:
+            return self.send_error(int(self.path[1:4]))
+        if self.path == "/reset.png" and self.server.paths.count(self.path) < 3:
+            return None
         if self.path == "/stall.png":
             return self.server.done.wait(20)
         self.send_response(200)
@@ -121,6 +129,38 @@ def test_urls_are_fetched_only_when_allowed(server, monkeypatch):
         with pytest.raises(ValueError, match=reason):
             probe_media(image(f"{server.url}/{path}.png"), remote)
         assert time.monotonic() - start < 5
+
+
+def test_a_server_that_is_busy_is_asked_again(server, monkeypatch):
+    monkeypatch.setattr(media_source, "RETRY_SECONDS", (0.01, 0.01))
+    for name in ("503", "429", "reset"):
+        assert media_source.fetch(f"{server.url}/{name}.png") == Server.picture
+    assert len(server.paths) == 9
+    monkeypatch.setattr(media_source, "RETRY_SECONDS", ())
+    server.paths.clear()
+    for name, reason in (("503", "503"), ("reset", "closed connection|reset")):
+        with pytest.raises(ValueError, match=reason):
+            media_source.fetch(f"{server.url}/{name}.png")
+
+
+def test_redirects_lead_to_no_private_address(server, monkeypatch):
+    url = f"{server.url}/to/{server.url}/a.png"
+    assert media_source.fetch(url) == Server.picture  # from one such address to another
+    for target in ("ftp://127.0.0.1/a.png", "file:///etc/passwd"):
+        with pytest.raises(ValueError, match="redirect|Found"):
+            media_source.fetch(f"{server.url}/to/{target}")
+    server.paths.clear()
+    monkeypatch.setattr(media_source, "is_public", lambda url: "/to/" in url)
+    with pytest.raises(ValueError, match="redirects to .* not a public address"):
+        media_source.fetch(url)
+    assert len(server.paths) == 1
+
+
+def test_public_addresses():
+    private = ("127.0.0.1:80", "10.0.0.1", "169.254.169.254", "[::1]", "[::ffff:127.0.0.1]")
+    private += ("[fe80::1]", "192.168.1.1", "0.0.0.0", "2130706433", "localhost")
+    assert not any(media_source.is_public(f"http://{host}/a.png") for host in private)
+    assert media_source.is_public("https://1.1.1.1/a.png")
 
 
 def test_a_playlist_does_not_call_out(server, tmp_path):

@@ -8,10 +8,13 @@ VIDEO_KEYS, as in qwen-vl-utils.
 
 import base64
 import binascii
+import ipaddress
 import math
 import os
 import queue
+import socket
 import threading
+import time
 import urllib.parse
 import urllib.request
 from io import BytesIO
@@ -27,6 +30,7 @@ VIDEO_KEYS = (*FRAME_SIZE_KEYS, *NUM_FRAMES_KEYS, "video_start", "video_end")
 
 REMOTE_SECONDS = 30  # a URL must have answered completely by then
 MAX_REMOTE_BYTES = 256 * 2**20
+RETRY_SECONDS = (1, 3, 9)  # to wait before a URL is asked again that may answer later
 
 
 def check_media_item(item: dict) -> None:
@@ -123,14 +127,52 @@ def resolve(source, allow_remote_media: bool = False):
     return source
 
 
+def is_public(url: str) -> bool:
+    """Return whether no address of a URL's host is of this machine or its own networks."""
+    try:
+        found = socket.getaddrinfo(urllib.parse.urlsplit(url).hostname, None)
+    except OSError:
+        return True  # to be told as it is opened; behind a proxy, such a name can be right
+    return all(
+        ipaddress.ip_address(address[0].partition("%")[0]).is_global for *_, address in found
+    )
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows to http(s) only, and from public hosts to no others.
+
+    What a foreign server names must not be fetched from behind the user's firewall.
+    """
+
+    def redirect_request(self, request, fp, code, msg, headers, newurl):
+        if not newurl.startswith(("http://", "https://")):
+            raise ValueError(f"it redirects to {describe(newurl)}, which is not http(s)")
+        if is_public(request.full_url) and not is_public(newurl):
+            raise ValueError(f"it redirects to {describe(newurl)}, which is not a public address")
+        return super().redirect_request(request, fp, code, msg, headers, newurl)
+
+
+def _read_url(url: str) -> bytes:
+    opener = urllib.request.build_opener(_Redirects)
+    for pause in (*RETRY_SECONDS, None):
+        try:
+            with opener.open(url, timeout=REMOTE_SECONDS) as response:
+                return response.read(MAX_REMOTE_BYTES + 1)
+        except OSError as error:
+            is_busy = getattr(error, "code", None) in (429, 503)
+            is_reset = isinstance(getattr(error, "reason", error), ConnectionResetError)
+            if pause is None or not (is_busy or is_reset):
+                raise
+        time.sleep(pause)
+
+
 def fetch(url: str) -> bytes:
     """Return what a URL holds. Raises ValueError where it fails, is too large, or stalls."""
     answers = queue.SimpleQueue()
 
     def read():
         try:
-            with urllib.request.urlopen(url, timeout=REMOTE_SECONDS) as response:
-                answers.put(response.read(MAX_REMOTE_BYTES + 1))
+            answers.put(_read_url(url))
         except Exception as error:
             answers.put(error)
 
