@@ -15,7 +15,14 @@ import numpy as np
 import torch
 import transformers
 
-from util.config import TINY_NOTICE, Config, UserError, fill_defaults, parse_config
+from util.config import (
+    TINY_NOTICE,
+    Config,
+    UserError,
+    fill_defaults,
+    make_visible,
+    parse_config,
+)
 from util.data.batch import PlannedData, prepare_data
 from util.data.conversation import parse_conversation, text_of
 from util.data.files import Records
@@ -45,7 +52,7 @@ def show_sample(encoder: SampleEncoder, records: Records, i: int) -> Sample:
         if media[run[0]]:
             print(f"{encoder.tokenizer.decode(ids[:1])} x {len(ids)}", end="")
         else:
-            text = encoder.tokenizer.decode(ids)
+            text = make_visible(encoder.tokenizer.decode(ids))
             print(f"[[{text}]]" if labels[run[0]] != IGNORE else text, end="")
     return sample
 
@@ -97,11 +104,11 @@ def check_files(names: list[str], encoder: SampleEncoder, config: Config, decode
     if decode:
         problems += decode_all(records, index, config.max_tokens, encoder)
     if index.num_tokens.any():
-        print(f"{' '.join(names)}: {index.summary()}")
+        print(make_visible(f"{' '.join(names)}: {index.summary()}"))
         print_lengths(index)
     print_oddities(records)
     for problem in problems:
-        print(f"problem: {problem}")
+        print(make_visible(f"problem: {problem}"))
     return len(problems)
 
 
@@ -135,7 +142,7 @@ def print_plan(config: Config, limit_gib: float) -> None:
     data = prepare_data(config.train_data, encoder, config)
     shard_size = config.shard_size or 1
     needed = plan_memory(model_config, processor, config, data, shard_size)
-    print(f"{' '.join(config.train_data)}: {data.index.summary()}")
+    print(make_visible(f"{' '.join(config.train_data)}: {data.index.summary()}"))
     print_lengths(data.index)
     print_compute(model_config, config, data)
     where = f" on each of {shard_size} GPUs" if shard_size > 1 else ""

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import jinja2
 
-from util.config import UserError
+from util.config import UserError, make_visible
 from util.data.conversation import media_of, parse_conversation, text_of
 from util.run import run_main
-from util.tools.page import draw_curves, embed, make_visible, mark_differences
+from util.tools.page import draw_curves, embed, mark_differences
 from util.tools.scores import Metric, character_error_rate, exact_match, load_metric, score_all
 
 TEMPLATE = Path(__file__).parent / "util" / "tools" / "compare_template.html"

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,21 @@ LORA_LEARNING_RATE = 1e-4
 TINY_NOTICE = """\
 *** No NVIDIA device: this is about the embedded TINY model, a toy with random weights.
 *** For the real one: --model_name_or_path Qwen/Qwen2-VL-2B-Instruct (or a folder)."""
+
+
+# Control characters but tab and line feed, those that turn the direction of writing, and halves of
+# pairs, which cannot be written.
+INVISIBLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def make_visible(text: str) -> str:
+    """Return `text` with control characters as escapes, and many empty lines as one line of marks.
+
+    Everything of data, answers and file names is printed through this: a terminal takes escape
+    sequences as orders, and a model that has learned nothing answers with a hundred line breaks.
+    """
+    text = re.sub(r"\n{3,}", lambda run: "\u21b5" * len(run[0]) + "\n", text)
+    return INVISIBLE.sub(lambda character: ascii(character[0])[1:-1], text)
 
 
 def _left_out(name: str) -> str:

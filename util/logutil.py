@@ -16,11 +16,16 @@ import torch
 from tqdm import tqdm
 
 from util.check_requirements import read_requirements
-from util.config import Config
+from util.config import Config, make_visible
 from util.data.batch import PlannedData
 from util.run import is_main_process, shard_size, world_size
 
 logger = logging.getLogger("finetune")
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record):
+        return make_visible(super().format(record))
 
 
 class _TqdmHandler(logging.Handler):
@@ -38,8 +43,8 @@ def setup_logging(output_dir: Path) -> None:
         logger.removeHandler(handler)
     terminal = _TqdmHandler()
     file = logging.FileHandler(output_dir / "train.log", encoding="utf-8")
-    terminal.setFormatter(logging.Formatter("%(message)s"))
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    terminal.setFormatter(_Formatter("%(message)s"))
+    file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(terminal)
     logger.addHandler(file)
 

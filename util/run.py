@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from tqdm import tqdm
 
-from util.config import TINY_NOTICE, Config, UserError, fill_defaults
+from util.config import TINY_NOTICE, Config, UserError, fill_defaults, make_visible
 
 logger = logging.getLogger("finetune")
 
@@ -271,7 +271,7 @@ def _exit_code(main) -> int | str | None:
     except torch.OutOfMemoryError as error:
         return f"error: {explain_out_of_memory(error)}"
     except UserError as error:
-        return f"error: {error}"
+        return f"error: {make_visible(str(error))}"
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # as with | head
@@ -307,6 +307,7 @@ def run_rank(main) -> None:
         _wait_for_the_first_to_fail(error)
         if isinstance(error, UserError):
             # The message alone, without how the program came there.
+            error.args = (make_visible(str(error)),)
             error.__cause__, error.__suppress_context__ = None, True
             error.__traceback__ = None
         if "TORCHELASTIC_ERROR_FILE" in os.environ:

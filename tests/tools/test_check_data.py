@@ -265,6 +265,17 @@ def test_all_that_headers_tell_is_found_without_decoding(check_data, folder):
     assert missed == {"32-bit pixels", "cut JPEG", "garbled mp4"}
 
 
+def test_what_data_hold_gives_no_orders_to_the_terminal(check_data, folder):
+    clear = "\x1b[2J"
+    records = [talk(user(clear), assistant(clear)), picture(f"{clear}.png")]
+    data = folder / f"{clear}.json"
+    data.write_text(json.dumps(records))
+    printed = check_data("--train_data", data, code=1) + check_data(
+        "--train_data", data, "--show", 0
+    )
+    assert "\x1b" not in printed and printed.count(r"\x1b[2J") >= 4
+
+
 def test_what_is_too_long_to_be_trained_on_is_not_decoded(check_data, folder):
     records = [talk(user(image("cut.jpg")), assistant("word " * 2000)), talk(*GOOD)]
     (folder / "data.json").write_text(json.dumps(records))

@@ -4,6 +4,7 @@ import base64
 import copy
 import io
 import json
+import logging
 import re
 import time
 from pathlib import Path
@@ -31,8 +32,12 @@ from helpers import (
     video,
     write_data,
 )
-from util.config import UserError
-from util.tools.page import make_visible, mark_differences
+from util.config import UserError, make_visible
+from util.logutil import setup_logging
+from util.media.source import describe
+from util.run import run_main
+from util.tools.generate import Prompt, print_answer
+from util.tools.page import mark_differences
 from util.tools.scores import (
     character_error_rate,
     edit_distance,
@@ -147,6 +152,25 @@ def test_answers_that_repeat_themselves_are_marked_in_no_time():
 def test_what_cannot_be_seen_is_shown():
     assert make_visible("a\x07b\u202ec\td\ne") == "a\\x07b\\u202ec\td\ne"
     assert make_visible("a\n\n\n\nb") == "a\u21b5\u21b5\u21b5\u21b5\nb"
+
+
+def test_nothing_that_is_printed_gives_orders_to_the_terminal(capsys, tmp_path):
+    clear = "\x1b[2J\x9b2J\r\udcff"
+    prompt = Prompt(clear, [user(image(clear), text(clear))], clear)
+    print_answer(prompt, clear)
+
+    def fail():
+        raise UserError(f"{clear} is wrong")
+
+    with pytest.raises(SystemExit) as info:
+        run_main(fail)
+    setup_logging(tmp_path)
+    logging.getLogger("finetune").warning(f"left out   {clear}")
+    printed = capsys.readouterr()
+    for shown in (printed.out, printed.err, info.value.code, (tmp_path / "train.log").read_text()):
+        assert r"\x1b[2J\x9b2J\r\udcff" in shown
+        assert not re.search("[\x1b\x9b\r\udcff]", shown)
+    assert printed.out.count(r"\x1b") == 5 and describe("a\n\x1b.png") == r"a\n\x1b.png"
 
 
 # ------------------------------------------------------------------ from models to the page

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from util.config import UserError
+from util.config import UserError, make_visible
 from util.media.source import check_local_file
 
 
@@ -51,7 +51,7 @@ class Records:
         """Return the file and place of record `i`, for messages."""
         file, i = self._find(i)
         place = f"sample {i}" if file.lines is None else f"line {file.lines[i]}"
-        return f"{file.path}: {place}"
+        return make_visible(f"{file.path}: {place}")
 
     def folder(self, i: int) -> Path:
         """Return the folder of the file that holds record `i`."""

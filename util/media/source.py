@@ -21,6 +21,8 @@ from io import BytesIO
 
 from PIL import Image
 
+from util.config import make_visible
+
 # Limits in pixels after resizing, and an exact size, which is rounded to whole tokens.
 IMAGE_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 # Frames a second, or a number of frames; bounds for the number; the part to read, in seconds.
@@ -78,7 +80,7 @@ def describe(source) -> str:
     if isinstance(source, bytes):
         return f"{len(source)} bytes"
     text = str(source)
-    shown = text if text.isprintable() else ascii(text)
+    shown = make_visible(text.replace("\n", "\\n"))
     if text.startswith("data:") or len(shown) > 300:
         return f"{shown[:40]}... ({len(text):,} characters)"
     return shown

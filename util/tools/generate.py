@@ -15,7 +15,7 @@ import torch.distributed as dist
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 
-from util.config import Config, UserError
+from util.config import Config, UserError, make_visible
 from util.data.batch import PlannedData, refuse_bad_samples
 from util.data.conversation import media_of, parse_conversation, text_of
 from util.data.files import Records
@@ -33,7 +33,6 @@ from util.model.load import (
     load_processor,
 )
 from util.run import choose_device, on_main_process
-from util.tools.page import make_visible
 from util.tools.scores import load_metric, score_all
 
 logger = logging.getLogger("finetune")
@@ -358,15 +357,15 @@ def _model_inputs(encoder: SampleEncoder, build_inputs, samples: list[Sample]) -
 
 def print_answer(prompt: Prompt, answer: str) -> None:
     """Print a prompt and its answer, in the same form for every model."""
-    print(f"=== {prompt.id}")
+    lines = [f"=== {prompt.id}"]
     for message in prompt.messages:
         items = [item for _, item in media_of([message])]
         media = [f"[{item['type']} {describe_media(item[item['type']])}] " for item in items]
-        print(f"{message['role']}: {''.join(media)}{text_of(message)}")
-    print(f"answer: {make_visible(answer)}")
+        lines.append(f"{message['role']}: {''.join(media)}{text_of(message)}")
+    lines.append(f"answer: {answer}")
     if prompt.reference is not None:
-        print(f"reference: {prompt.reference}")
-    print(flush=True)
+        lines.append(f"reference: {prompt.reference}")
+    print(make_visible("\n".join(lines)) + "\n", flush=True)
 
 
 def print_scores(scores: dict) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from util.config import make_visible
 from util.media.image import read_image
 from util.media.source import describe, local_path, resolve
 from util.media.video_reader import VideoReader
@@ -23,8 +24,6 @@ MAX_FRAMES_SHOWN = 4  # of a clip that is a list of pictures
 CLIP_TYPES = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mp4", ".webm": "webm", ".ogv": "ogg"}
 # A word of text, or one character of a script that is written without spaces (Chinese, Japanese).
 CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-# Control characters but tab and line feed, and those that turn the direction of writing.
-INVISIBLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 WORD = re.compile(rf"[{CJK}]|[^\W{CJK}]+|\s+|.")
 
 
@@ -47,15 +46,6 @@ def mark_differences(first: str, second: str) -> list[list[tuple[str, bool]]]:
             if text:
                 pieces[side].append((text, differs))
     return [[(make_visible(text), differs) for text, differs in side] for side in pieces]
-
-
-def make_visible(text: str) -> str:
-    """Return `text` with control characters as escapes, and many empty lines as one line of marks.
-
-    A model that has learned nothing answers with a hundred line breaks.
-    """
-    text = re.sub(r"\n{3,}", lambda run: "\u21b5" * len(run[0]) + "\n", text)
-    return INVISIBLE.sub(lambda character: ascii(character[0])[1:-1], text)
 
 
 def data_uri(content: bytes, media_type: str) -> str:
@@ -103,8 +93,9 @@ def embed(item: dict, folder: Path) -> dict:
             return media | {"note": f"one frame: over {MAX_CLIP_BYTES >> 20} MiB, not embedded"}
         return media | {"uri": data_uri(content, f"video/{CLIP_TYPES[kind]}")}
     except Exception as error:  # whatever a decoder throws: the page says which file it was
-        print(f"warning: {describe(source)}: cannot be shown: {error}", file=sys.stderr)
-        return media | {"note": make_visible(f"cannot be shown: {error}")}
+        note = make_visible(f"cannot be shown: {error}")
+        print(f"warning: {describe(source)}: {note}", file=sys.stderr)
+        return media | {"note": note}
 
 
 def _name(source: str | list) -> str:
@@ -134,7 +125,7 @@ def read_curve(path: str, folder: Path) -> dict[str, list[tuple[int, float]]]:
             for name in ("loss", "eval_loss")
         }
     except (OSError, ValueError, TypeError, KeyError) as error:
-        print(f"warning: {path}: no loss curve: {error!r}", file=sys.stderr)
+        print(f"warning: {describe(path)}: no loss curve: {error!r}", file=sys.stderr)
         return {}
     points = {name: [p for p in line if math.isfinite(p[1])] for name, line in points.items()}
     window = mean_window(len(points["loss"]))
