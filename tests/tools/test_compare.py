@@ -13,20 +13,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, GenerationConfig
 
 import compare
 import test_on_official_model
 import test_on_trained_model_by_us
 import zoo
 from helpers import (
+    CPU,
     REPO,
     assistant,
     call,
+    encoder_for,
     image,
     make_image,
     make_video,
     plain_model,
+    processor_for,
     text,
     user,
     video,
@@ -35,8 +38,9 @@ from helpers import (
 from util.config import UserError, make_visible
 from util.logutil import setup_logging
 from util.media.source import describe
+from util.model.inputs import InputBuilder
 from util.run import run_main
-from util.tools.generate import Prompt, print_answer
+from util.tools.generate import Prompt, generate, print_answer
 from util.tools.page import mark_differences
 from util.tools.scores import (
     character_error_rate,
@@ -171,6 +175,21 @@ def test_nothing_that_is_printed_gives_orders_to_the_terminal(capsys, tmp_path):
         assert r"\x1b[2J\x9b2J\r\udcff" in shown
         assert not re.search("[\x1b\x9b\r\udcff]", shown)
     assert printed.out.count(r"\x1b") == 5 and describe("a\n\x1b.png") == r"a\n\x1b.png"
+
+
+def test_a_model_folder_decides_nothing_of_an_answer_but_its_end(tiny_folder):
+    encoder, model = encoder_for(tiny_folder), plain_model(tiny_folder)
+    build_inputs = InputBuilder(processor_for(tiny_folder), "sdpa", CPU)
+    samples = [encoder.encode_prompt([user(question)]) for question in ("Hi", "What is it?")]
+    expected = generate(model, encoder, build_inputs, samples, 4)
+    for odd in (
+        {"num_return_sequences": 3, "num_beams": 3},
+        {"max_length": 1, "repetition_penalty": 9.0, "suppress_tokens": list(range(900))},
+        {"eos_token_id": [-1, 10**12, "a"], "pad_token_id": -7},
+    ):
+        model.generation_config = config = GenerationConfig(**odd)
+        assert generate(model, encoder, build_inputs, samples, 4) == expected
+        assert model.generation_config is config
 
 
 # ------------------------------------------------------------------ from models to the page

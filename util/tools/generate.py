@@ -303,19 +303,23 @@ def generate(
 
     synced_gpus: ranks that share the model go on until the last of them is done.
     """
-    inputs = _model_inputs(encoder, build_inputs, samples)
-    # fully_shard cannot do with inference_mode.
-    with torch.no_grad():
-        output = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            # The generation_config has sampling settings, of no use to greedy search.
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            synced_gpus=synced_gpus,
-        )
+    inputs, own_config = _model_inputs(encoder, build_inputs, samples), model.generation_config
+    # Of a model folder's settings only the ends of an answer count. Others, such as more than one
+    # answer to a prompt, would go on below whatever generate() is given.
+    ends = own_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    tokenizer = encoder.tokenizer
+    ends = {end for end in ends if isinstance(end, int) and 0 <= end < len(tokenizer)}
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=sorted(ends | {tokenizer.convert_tokens_to_ids(encoder.end_of_turn)}),
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=max_new_tokens,
+    )
+    try:
+        with torch.no_grad():  # fully_shard cannot do with inference_mode
+            output = model.generate(**inputs, do_sample=False, synced_gpus=synced_gpus)
+    finally:
+        model.generation_config = own_config
     new_tokens = output[:, inputs["input_ids"].shape[1] :]
     return encoder.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
 
