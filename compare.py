@@ -12,6 +12,7 @@ import argparse
 import base64
 import hashlib
 import json
+import math
 import os
 import re
 from itertools import zip_longest
@@ -32,7 +33,9 @@ def load_answers(path: str) -> dict:
     """Return what `--save` wrote to the file `path`. Raises UserError where it is anything else."""
     try:
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        rows = saved["answers"]
+        rows, metrics = saved["answers"], saved.get("metrics")
+        if not isinstance(metrics, str | None):
+            raise ValueError("metrics must be a path, or null")
         if not rows:
             raise ValueError("it holds no answers")
         for row in rows:
@@ -41,6 +44,8 @@ def load_answers(path: str) -> dict:
             if not all(isinstance(text, str) for text in texts[: 2 if texts[2] is None else 3]):
                 raise ValueError("id, answer and reference must be strings")
             row["seconds"] = float(row["seconds"])
+            if not math.isfinite(row["seconds"]):
+                raise ValueError("seconds must be a finite number")
         return {
             "path": path,
             "model": make_visible(str(saved["model"])),
@@ -48,12 +53,12 @@ def load_answers(path: str) -> dict:
                 make_visible(str(name)): make_visible(str(value))
                 for name, value in saved["settings"].items()
             },
-            "metrics": saved.get("metrics"),
+            "metrics": metrics,
             "answers": rows,
         }
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # whatever the file of someone else holds
         raise UserError(
             f"{path}: is not a file that --save of the test scripts wrote: {error!r}"
         ) from error
@@ -76,8 +81,13 @@ def check_same_prompts(files: list[dict]) -> None:
         )
 
 
-def compare_prompt(rows: list[dict], folder: Path, metric: Metric | None) -> dict:
-    """Return one prompt with both answers and their scores, as the template wants it."""
+def compare_prompt(
+    rows: list[dict], folder: Path, metric: Metric | None, clip_sizes: list[int]
+) -> dict:
+    """Return one prompt with both answers and their scores, as the template wants it.
+
+    clip_sizes: see `embed`.
+    """
     reference, texts = rows[0]["reference"], [row["answer"] for row in rows]
     answers = []
     for row, pieces in zip(rows, mark_differences(*texts)):
@@ -96,7 +106,7 @@ def compare_prompt(rows: list[dict], folder: Path, metric: Metric | None) -> dic
     return {
         "id": make_visible(rows[0]["id"]),
         "turns": [(m["role"], make_visible(text_of(m))) for m in rows[0]["messages"]],
-        "media": [embed(item, folder) for _, item in media_of(rows[0]["messages"])],
+        "media": [embed(item, folder, clip_sizes) for _, item in media_of(rows[0]["messages"])],
         "reference": reference and make_visible(reference),
         "answers": answers,
         "verdict": verdict,
@@ -119,8 +129,8 @@ def policy_hashes(source: str) -> dict[str, str]:
 def render(files: list[dict], metric: Metric | None) -> str:
     """Return the page. The template escapes everything that comes from data or models."""
     folder = Path(files[0]["path"]).parent
-    pairs = zip(*(file["answers"] for file in files))
-    prompts = [compare_prompt(pair, folder, metric) for pair in pairs]
+    pairs, clip_sizes = zip(*(file["answers"] for file in files)), []
+    prompts = [compare_prompt(pair, folder, metric, clip_sizes) for pair in pairs]
     for file in files:
         answers = [row["answer"] for row in file["answers"]]
         references = [row["reference"] for row in file["answers"]]

@@ -5,6 +5,8 @@ import copy
 import io
 import json
 import logging
+import math
+import os
 import re
 import time
 from pathlib import Path
@@ -392,6 +394,15 @@ def test_clips_that_cannot_be_embedded_show_a_frame(answers, make_page, monkeypa
     assert page.count("data:image/jpeg;base64,") == 2
 
 
+def test_a_page_holds_so_many_bytes_of_clips_and_no_more(answers, make_page, monkeypatch, capsys):
+    saved = edited(answers[0], (0, {"messages": [user(*[video("clip.mp4")] * 3)]}))
+    size = (answers[0].parent / "clip.mp4").stat().st_size
+    monkeypatch.setattr("util.tools.page.MAX_ALL_CLIPS_BYTES", 2 * size)
+    page = make_page(saved, saved)
+    assert page.count("<video") == 2 and page.count("MiB of clips at most") == 2
+    assert capsys.readouterr().err.count("clip.mp4: one frame: the page holds") == 2
+
+
 def test_the_answers_are_not_overwritten(answers):
     with pytest.raises(UserError, match="would overwrite the answers"):
         call(compare, *answers, "--output", answers[1])
@@ -414,6 +425,13 @@ def test_other_prompts_are_an_error_that_names_them(answers, make_page):
     assert "and 5 more" in message(fewer) or "and 6 more" in message(fewer)
 
 
+ROW = (
+    '{{"model": "m", "settings": {{"a": {}}}, "answers": [{{"id": "0", "answer": "a", '
+    '"reference": null, "seconds": {}, "messages": [{{"role": "user", "content": "a"}}]}}], '
+    '"metrics": {}}}'
+)
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -423,6 +441,12 @@ def test_other_prompts_are_an_error_that_names_them(answers, make_page):
         '{"model": "m", "settings": {}, "answers": []}',
         '{"model": "m", "settings": {}, "answers": [{}]}',
         '{"answers": 3}',
+        "[" * 100_000,
+        ROW.format('"a"', "Infinity", "null"),
+        ROW.format('"a"', "NaN", "null"),
+        ROW.format('"a"', "1" + "0" * 400, "null"),
+        ROW.format('"a"', 1, "[3]"),
+        ROW.format('"a"', 1, "7"),
         "\ufffd",
     ],
 )
@@ -443,6 +467,17 @@ def test_broken_metrics_cost_only_the_curve(answers, make_page, tmp_path, capsys
         page = make_page(answers[0], saved)
         assert "<polyline" not in page and page.count("<article") == 3
         assert "no loss curve" in capsys.readouterr().err
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "deep").write_text("[" * 100_000)
+    (tmp_path / "huge").write_text('{"global_step": 1e999, "loss": 1}')
+    for path in ("/dev/zero", tmp_path / "pipe", tmp_path / "deep", tmp_path / "huge", "x" * 5000):
+        saved["metrics"] = str(path)
+        assert "<polyline" not in make_page(answers[0], saved)
+        assert "no loss curve" in capsys.readouterr().err
+    saved["metrics"] = str(tmp_path / "metrics.jsonl")
+    lines = [{"global_step": i, "loss": v} for i, v in ((10**300, 1), (1, 1.7e308), (2, math.inf))]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in lines))
+    assert "<polyline" not in make_page(answers[0], saved)
     for rows in ([{"global_step": 1, "loss": 0.0}], [{"global_step": 0, "loss": float("nan")}]):
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) for row in rows))
         make_page(answers[0], saved)

@@ -14,11 +14,13 @@ from PIL import Image
 
 from util.config import make_visible
 from util.media.image import read_image
-from util.media.source import describe, local_path, resolve
+from util.media.source import check_local_file, describe, local_path, resolve
 from util.media.video_reader import VideoReader
 
 MAX_PICTURE_SIDE = 720  # pixels; larger pictures are shrunk
 MAX_CLIP_BYTES = 16 * 2**20  # larger clips are shown by one frame
+MAX_ALL_CLIPS_BYTES = 64 * 2**20  # so are clips that would make the page hold more than this
+MAX_METRICS_BYTES = 256 * 2**20
 MAX_FRAMES_SHOWN = 4  # of a clip that is a list of pictures
 # What browsers play. Phones write .mov, which is .mp4 under another name.
 CLIP_TYPES = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mp4", ".webm": "webm", ".ogv": "ogg"}
@@ -65,11 +67,12 @@ def picture_uri(pictures: list[torch.Tensor]) -> str:
     return data_uri(buffer.getvalue(), "image/jpeg")
 
 
-def embed(item: dict, folder: Path) -> dict:
+def embed(item: dict, folder: Path, sizes: list[int]) -> dict:
     """Return a picture or clip as the template wants it: type, name, uri, still, note.
 
     `uri` is None for a clip that is not embedded, `still` the middle frame of a clip, or some of a
-    list. What cannot be read is named on the page and on the terminal.
+    list. What cannot be read is named on the page and on the terminal. `sizes` of the clips that
+    the page holds already, in bytes; that of this one is added.
     """
     source = item[item["type"]]
     name = make_visible(_name(source))
@@ -88,10 +91,15 @@ def embed(item: dict, folder: Path) -> dict:
         kind = "" if isinstance(found, io.BytesIO) else Path(found).suffix.lower()
         if kind not in CLIP_TYPES:
             return media | {"note": f"one frame: browsers do not play {kind or 'this'}"}
-        content = Path(found).read_bytes()
-        if len(content) > MAX_CLIP_BYTES:
+        size = Path(found).stat().st_size
+        if size > MAX_CLIP_BYTES:
             return media | {"note": f"one frame: over {MAX_CLIP_BYTES >> 20} MiB, not embedded"}
-        return media | {"uri": data_uri(content, f"video/{CLIP_TYPES[kind]}")}
+        if sum(sizes) + size > MAX_ALL_CLIPS_BYTES:
+            note = f"one frame: the page holds {MAX_ALL_CLIPS_BYTES >> 20} MiB of clips at most"
+            print(f"warning: {describe(source)}: {note}", file=sys.stderr)
+            return media | {"note": note}
+        sizes.append(size)
+        return media | {"uri": data_uri(Path(found).read_bytes(), f"video/{CLIP_TYPES[kind]}")}
     except Exception as error:  # whatever a decoder throws: the page says which file it was
         note = make_visible(f"cannot be shown: {error}")
         print(f"warning: {describe(source)}: {note}", file=sys.stderr)
@@ -117,17 +125,24 @@ def _find(source: str, folder: Path) -> str | io.BytesIO:
 
 def read_curve(path: str, folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Return the (step, value) points of a metrics.jsonl: each loss, its mean, held-out losses."""
-    found = next((p for p in (Path(path), folder / path) if p.is_file()), Path(path))
     try:
+        found = next((p for p in (Path(path), folder / path) if p.is_file()), Path(path))
+        check_local_file(str(found))
+        if found.stat().st_size > MAX_METRICS_BYTES:
+            raise ValueError(f"is larger than {MAX_METRICS_BYTES >> 20} MiB")
         rows = [json.loads(line) for line in found.read_text(encoding="utf-8").splitlines()]
         points = {
             name: [(int(row["global_step"]), float(row[name])) for row in rows if name in row]
             for name in ("loss", "eval_loss")
         }
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # whatever the file of someone else holds
         print(f"warning: {describe(path)}: no loss curve: {error!r}", file=sys.stderr)
         return {}
-    points = {name: [p for p in line if math.isfinite(p[1])] for name, line in points.items()}
+    # No run is so long and no loss so high, and NaN is neither; the axes could not be drawn.
+    points = {
+        name: [(x, y) for x, y in line if 0 <= x < 1e12 and abs(y) < 1e12]
+        for name, line in points.items()
+    }
     window = mean_window(len(points["loss"]))
     recent = [points["loss"][max(0, i - window + 1) : i + 1] for i in range(len(points["loss"]))]
     points["mean"] = [(part[-1][0], sum(value for _, value in part) / len(part)) for part in recent]
