@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+import time
 
 import pytest
 
 import finetune
+import util.run
 from helpers import (
     REPO,
     assistant,
@@ -21,7 +23,7 @@ from helpers import (
     write_data,
 )
 from util.config import UserError
-from util.data import index
+from util.data import index, workers
 from util.data.files import Records
 from util.data.sample import find_file
 
@@ -85,6 +87,24 @@ def test_a_bad_sample_in_mid_run_costs_no_step_that_was_done(run_main, tmp_path,
     rows = read_metrics(tmp_path / "out")
     assert [row["global_step"] for row in rows] == [1, 2, 3, 4, 5]
     assert [row["num_bad_samples"] for row in rows][:3] == [0, 0, 1]
+
+
+@pytest.mark.parametrize("num_samples", [1, 300])
+def test_a_decoder_that_does_not_return_ends_the_run(run_main, tmp_path, monkeypatch, num_samples):
+    """In training, and while samples are measured, if those are so many that processes do it."""
+    path = make_image(tmp_path / "a.png", 60, 60)
+    data = write_data(
+        tmp_path / "d.json", [GOOD] * (num_samples - 1) + [[user(image(path)), *GOOD]]
+    )
+    name = "load_media" if num_samples == 1 else "probe_media"
+    monkeypatch.setattr(f"util.data.sample.{name}", lambda *_: time.sleep(60))
+    monkeypatch.setattr(workers, "READ_SECONDS", 3)
+    flags = ("--train_data", data, "--num_workers", 1)
+    start = time.monotonic()
+    with pytest.raises(SystemExit) as info:
+        util.run.run_main(lambda: run_main(*flags))
+    has(info.value.code, "error: not read within", f"{data}: sample {num_samples - 1}")
+    assert time.monotonic() - start < 40
 
 
 def test_a_picture_that_changed_since_it_was_indexed_is_refused(run_main, tmp_path):

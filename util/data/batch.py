@@ -14,7 +14,7 @@ from util.data.files import Records
 from util.data.index import CACHE_DIR, Index, build_index, check_lengths, raise_problems
 from util.data.plan import Plan, Step
 from util.data.sample import IGNORE, Sample, SampleEncoder
-from util.data.workers import worker_settings
+from util.data.workers import read_in_time, worker_settings
 from util.run import on_main_process, rank, world_size
 
 # ---------------------------------------------------------------- micro-batches
@@ -151,16 +151,20 @@ def load_micro_batches(
     Those of this rank. Worker processes read ahead, once the first one is asked for. Samples that
     cannot be read are left out, their messages in `problems`.
     """
-    steps = data.plan.steps(first_step, last_step)
+
+    def batches():
+        steps = data.plan.steps(first_step, last_step)
+        return (samples for step in steps for samples in step.micro_batches[rank()])
 
     def read():
-        yield from DataLoader(
+        loader = DataLoader(
             data.samples,
-            batch_sampler=(samples for step in steps for samples in step.micro_batches[rank()]),
+            batch_sampler=batches(),
             collate_fn=data.samples.collate,
             pin_memory=device.type == "cuda",
             **worker_settings(config.num_workers),
         )
+        yield from read_in_time(loader, batches(), data.samples.records)
 
     return Stopwatch(read())
 

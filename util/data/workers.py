@@ -3,7 +3,7 @@
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +11,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from util.config import UserError
 from util.data.files import Records
 from util.data.sample import SampleEncoder
 
+# What takes longer, a batch of samples, will never be read. A decoder hangs in C, where no signal
+# reaches it, but its process can be given up; with --num_workers 0, or few samples to measure,
+# there is none.
+READ_SECONDS = 30 * 60
 # Below so many samples, starting processes takes longer than measuring.
 MIN_SAMPLES_FOR_PROCESSES = 256
 
@@ -22,19 +27,40 @@ def run_all(function, title: str, numbers: np.ndarray, records: Records, encoder
     """Yield (sample number, result of `function`) in order, with a progress bar."""
     numbers = numbers.tolist()
     num_workers = 0 if len(numbers) < MIN_SAMPLES_FOR_PROCESSES else num_cores()
+    batches = [numbers[i : i + 16] for i in range(0, len(numbers), 16)]
     loader = DataLoader(
         _Task(function, records, encoder),
-        sampler=numbers,
-        batch_size=16,
+        batch_sampler=batches,
         collate_fn=list,
         **worker_settings(num_workers) | {"worker_init_fn": _start_measuring},
     )
     # Closed as this function ends, however it does, which ends the processes.
-    with contextlib.closing(result for results in loader for result in results) as results:
+    read = read_in_time(loader, batches, records)
+    with contextlib.closing(result for results in read for result in results) as results:
         bar = tqdm(
             results, title, len(numbers), leave=num_workers > 0, disable=None, unit=" samples"
         )
         yield from zip(numbers, bar)
+
+
+def read_in_time(loader: DataLoader, batches: Iterable[list[int]], records: Records) -> Iterator:
+    """Yield what a loader makes of `batches` of sample numbers.
+
+    Raises UserError naming the samples of one that takes worker processes over READ_SECONDS.
+    """
+    results = iter(loader)
+    for batch in batches:
+        try:
+            result = next(results)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader timed out"):
+                raise
+            raise UserError(
+                f"not read within {READ_SECONDS / 60:g} minutes: "
+                f"{', '.join(records.where(i) for i in batch)}. check_data.py --show N tries one: "
+                "leave out the one that does not end"
+            ) from error
+        yield result
 
 
 def _start_measuring(worker_id: int) -> None:
@@ -65,6 +91,7 @@ def worker_settings(num_workers: int) -> dict:
     """Return what DataLoaders of this repo have in common."""
     return {
         "num_workers": num_workers,
+        "timeout": READ_SECONDS if num_workers else 0,
         "worker_init_fn": start_worker,
         # A mapped file goes to no process that is started in another way.
         "multiprocessing_context": "fork" if num_workers else None,
