@@ -27,6 +27,7 @@ from util.tools.page import draw_curves, embed, mark_differences
 from util.tools.scores import Metric, character_error_rate, exact_match, load_metric, score_all
 
 TEMPLATE = Path(__file__).parent / "util" / "tools" / "compare_template.html"
+MAX_TEXT = 100_000  # characters; to compare two such texts takes two minutes
 
 
 def load_answers(path: str) -> dict:
@@ -43,6 +44,8 @@ def load_answers(path: str) -> dict:
             texts = [row["id"], row["answer"], row["reference"]]
             if not all(isinstance(text, str) for text in texts[: 2 if texts[2] is None else 3]):
                 raise ValueError("id, answer and reference must be strings")
+            if any(len(text or "") > MAX_TEXT for text in texts):
+                raise ValueError(f"id, answer or reference is over {MAX_TEXT:,} characters")
             row["seconds"] = float(row["seconds"])
             if not math.isfinite(row["seconds"]):
                 raise ValueError("seconds must be a finite number")

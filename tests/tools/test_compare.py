@@ -447,6 +447,7 @@ ROW = (
         ROW.format('"a"', "1" + "0" * 400, "null"),
         ROW.format('"a"', 1, "[3]"),
         ROW.format('"a"', 1, "7"),
+        ROW.format('"a"', 1, "null").replace('"answer": "a"', f'"answer": "{100_001 * "a"}"'),
         "\ufffd",
     ],
 )
