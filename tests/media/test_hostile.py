@@ -32,6 +32,7 @@ def test_text_is_no_video(tmp_path, name):
             read(video(str(tmp_path / name)), POLICY)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_picture_is_refused_for_its_size_before_it_is_decoded(tmp_path):
     for side in (10_001, 13_000, 50_000):
         source = zoo.bomb(tmp_path / "a.png", side)
