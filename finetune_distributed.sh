@@ -64,6 +64,8 @@ set -m  # a process group of its own, so that a signal reaches the launcher once
     "$@" &
 trap 'kill -TERM %1' TERM
 trap 'kill -INT %1' INT
+trap 'kill -HUP %1' HUP  # of a terminal that is closed; not under nohup, as bash has it
+trap '' PIPE             # whoever reads what is printed may be gone
 code=0
 wait %1 || code=$?
 while kill -0 %1 2> /dev/null; do  # a signal ended the waiting, not the launcher
@@ -72,7 +74,7 @@ while kill -0 %1 2> /dev/null; do  # a signal ended the waiting, not the launche
 done
 if [[ -e "$STOPPED_FILE" ]]; then
     rm "$STOPPED_FILE"
-    echo "Stopped by a signal, and saved. With --resume_from latest, the run goes on."
+    echo "Stopped by a signal, and saved. With --resume_from latest, the run goes on." || true
     exit 75
 fi
 exit "$code"

@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -29,14 +30,16 @@ class _Formatter(logging.Formatter):
 
 
 class _TqdmHandler(logging.Handler):
-    """Prints above a progress bar instead of through it."""
+    """Prints above a progress bar instead of through it, as long as anybody reads it."""
 
     def emit(self, record):
-        tqdm.write(self.format(record), file=sys.stderr)
+        with suppress(OSError, ValueError):  # a closed pipe or terminal
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 def setup_logging(output_dir: Path) -> None:
     """Log to the terminal and to `output_dir`/train.log."""
+    logging.raiseExceptions = False  # a log that cannot be written ends no run, and says nothing
     logger.setLevel(logging.INFO)
     logger.propagate = False
     for handler in list(logger.handlers):
@@ -87,10 +90,11 @@ class RunLog:
             logger.warning(f"left out   {problem}")
         loss = math.nan if metrics["loss"] is None else metrics["loss"]
         line = f"loss {loss:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s"
-        self.progress.set_postfix_str(line)
-        self.progress.update()
-        if global_step == self.num_steps:
-            self.progress.close()
+        with suppress(OSError):  # the terminal may be gone
+            self.progress.set_postfix_str(line)
+            self.progress.update()
+            if global_step == self.num_steps:
+                self.progress.close()
         if global_step % max(1, self.num_steps // 20) == 0:
             logger.info(f"step {global_step:>7,}/{self.num_steps:,}   {line}")
 

@@ -192,10 +192,11 @@ def _check_shared(output_dir: Path) -> None:
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT, so that the loop can finish its step and save.
+    """Notes SIGTERM, SIGINT and SIGHUP, so that the loop can finish its step and save.
 
     `noted` changes at any time, and on one rank before others; once in a step `agree` makes it
-    `name`, by which the loop acts. A second signal ends the process at once.
+    `name`, by which the loop acts. A second signal ends the process at once; but a terminal that
+    is closed may send SIGHUP several times, and under nohup it goes unheard.
     """
 
     was_noted = False  # of this process
@@ -204,15 +205,16 @@ class StopSignal:
         self.name = self.noted = None
         # To ranks, queues send one signal, and then their launcher sends it once more.
         self._once_more_until = SAME_SIGNAL_SECONDS if dist.is_initialized() else 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
 
     def _note(self, number, frame):
         if self.noted is None:
             self.noted, StopSignal.was_noted = signal.Signals(number).name, True
             self._once_more_until += time.monotonic()
             logger.warning(f"{self.noted}: saving after this step; a second signal ends at once")
-        elif time.monotonic() > self._once_more_until:
+        elif number != signal.SIGHUP and time.monotonic() > self._once_more_until:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
@@ -318,8 +320,9 @@ def run_rank(main) -> None:
         atexit._run_exitfuncs()  # wandb and trackio send the last of their data here
     for loader_worker in multiprocessing.active_children():
         loader_worker.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # whoever read it may be gone
+            stream.flush()
     # sys.exit would wait for what a failed rank has still to do with others; and with torch 2.14.1
     # the threads of gloo abort some interpreters as they close ("terminate called without an
     # active exception"), after all has gone well.

@@ -65,7 +65,8 @@ def read_in_time(loader: DataLoader, batches: Iterable[list[int]], records: Reco
 
 def _start_measuring(worker_id: int) -> None:
     start_worker(worker_id)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing has to be finished
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # nothing has to be finished
 
 
 @dataclass
@@ -105,3 +106,4 @@ def start_worker(worker_id: int) -> None:
     # These reach every process of a terminal or a job; the main one decides what they mean.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)

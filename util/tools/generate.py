@@ -304,8 +304,10 @@ def generate(
     synced_gpus: ranks that share the model go on until the last of them is done.
     """
     inputs, own_config = _model_inputs(encoder, build_inputs, samples), model.generation_config
-    # Of a model folder's settings only the ends of an answer count. Others, such as more than one
-    # answer to a prompt, would go on below whatever generate() is given.
+    # Of a model folder's settings only the ends of an answer count, and Qwen2.5-VL's penalty on
+    # repetition. Others, such as more than one answer to a prompt, would go on below whatever
+    # generate() is given.
+    penalty = own_config.repetition_penalty
     ends = own_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     tokenizer = encoder.tokenizer
@@ -314,6 +316,7 @@ def generate(
         eos_token_id=sorted(ends | {tokenizer.convert_tokens_to_ids(encoder.end_of_turn)}),
         pad_token_id=tokenizer.pad_token_id,
         max_new_tokens=max_new_tokens,
+        repetition_penalty=penalty if isinstance(penalty, float) and 1 <= penalty < 2 else None,
     )
     try:
         with torch.no_grad():  # fully_shard cannot do with inference_mode
