@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
 import finetune
@@ -48,6 +48,7 @@ from util.data.plan import Plan
 from util.distributed import start_processes
 from util.model.load import load_processor
 from util.run import EXIT_STOPPED
+from util.shards import ShardPlanner, ShardReader, read_index
 from util.tools.flops import rank_metrics
 
 DRIVER = REPO / "tests" / "distributed_driver.py"
@@ -291,9 +292,15 @@ def check_same_metrics(output_dir, single):
 
 def final_weights(output_dir):
     """Return the fp32 weights, by name and whole, in the newest checkpoint of a run."""
-    path = output_dir.with_suffix(".pt")
-    dcp_to_torch_save(list_checkpoints(output_dir)[0] / "resume", path)
-    return torch.load(path)["model"]
+    folder = list_checkpoints(output_dir)[0] / "resume"
+    weights = {
+        name.removeprefix("model."): torch.empty(value.size, dtype=value.properties.dtype)
+        for name, value in read_index(folder).state_dict_metadata.items()
+        if name.startswith("model.")
+    }
+    reader, planner = ShardReader(folder), ShardPlanner()
+    dcp.load({"model": weights}, storage_reader=reader, planner=planner, no_dist=True)
+    return weights
 
 
 def relative_difference(weights, expected):
