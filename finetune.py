@@ -123,7 +123,7 @@ def train(config, model, processor, data, eval_data, num_steps, device, checkpoi
         is_bad = not (math.isfinite(loss) and math.isfinite(grad_norm))
         num_bad_steps = num_bad_steps + 1 if is_bad else 0
         try:
-            refuse_bad_samples(problems, config)
+            refuse_bad_samples(problems, config, len(step.samples))
             if num_bad_steps > config.skip_bad_steps:
                 refuse_bad_step(step, loss, grad_norm)
         except UserError:

@@ -68,3 +68,23 @@ def test_a_missing_package_is_an_error_before_anything_is_made(train, tmp_path, 
     with pytest.raises(UserError, match="not installed: pip install trackio"):
         train("trackio")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("when", ["init", "log"])
+def test_a_package_that_fails_ends_no_run(train, tmp_path, monkeypatch, caplog, when):
+    fails = "    raise ConnectionError('no network')\n"
+    functions = {"init": "    pass\n", "log": "    pass\n", when: fails}
+    (tmp_path / "trackio.py").write_text(
+        "".join(f"def {name}(*args, **more):\n{body}" for name, body in functions.items())
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    assert len(train("trackio")) == 2
+    log = (tmp_path / "out" / "train.log").read_text()
+    assert log.count("--report_to fails, and is left out from here on") == 1
+    monkeypatch.delitem(sys.modules, "trackio")
+
+
+def test_what_is_no_number_in_json_is_null(tmp_path):
+    MetricsFile(tmp_path / "metrics.jsonl").append({"eval_loss": float("nan"), "seconds": 1.5})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"eval_loss": null, "seconds": 1.5}\n'

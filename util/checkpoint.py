@@ -133,12 +133,19 @@ def finish_run(model, processor, config: Config, started: float) -> None:
             f"{output_dir}: the model could not be written: {' '.join(str(error).split())}. The "
             "newest checkpoint in that folder is a model folder too"
         ) from error
-    on_main_process(plot_loss, output_dir / "metrics.jsonl", output_dir / "loss.png")
-    on_main_process(log_left_out, output_dir / "metrics.jsonl")
+    on_main_process(_tell_the_end, output_dir)
     logger.info(
         f"done       in {time.perf_counter() - started:.0f} s. Compare: "
         f"python test_on_trained_model_by_us.py --model_dir {output_dir}"
     )
+
+
+def _tell_the_end(output_dir: Path) -> None:
+    log_left_out(output_dir / "metrics.jsonl")
+    try:
+        plot_loss(output_dir / "metrics.jsonl", output_dir / "loss.png")
+    except Exception as error:  # the model is written: a picture less is no failure
+        logger.warning(f"{output_dir / 'loss.png'} could not be drawn: {error!r:.300}")
 
 
 def _export(model, processor, folder: Path) -> None:

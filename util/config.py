@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import re
 import time
 from dataclasses import dataclass
@@ -189,6 +190,12 @@ class Config:
         for name in ("weight_decay", "num_workers", "seed", "skip_bad_steps", "eval_generate"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{field.name} {value}: must be a finite number")
+        if self.seed >= 2**64:
+            raise UserError(f"--seed {self.seed}: must be below 2 to the power of 64")
         if not self.train or set(self.train) - {"all", "llm", "vision", "merger"}:
             raise UserError(
                 f"--train {' '.join(self.train)}: must be all, or any of llm, vision, merger"

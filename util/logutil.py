@@ -23,6 +23,8 @@ from util.run import is_main_process, shard_size, world_size
 
 logger = logging.getLogger("finetune")
 
+REPORT_FAILS = "--report_to fails, and is left out from here on: {0!r:.300}"
+
 
 class _Formatter(logging.Formatter):
     def format(self, record):
@@ -152,8 +154,16 @@ class MetricsFile:
 
     def append(self, row: dict) -> None:
         """Append `row` and whatever waits."""
-        # A step that was skipped has no loss; what has an entry for each rank is in the file alone.
-        self.report({k: value for k, value in row.items() if isinstance(value, int | float)})
+        # JSON has no NaN: null, as of a step that was skipped.
+        row = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+        }
+        try:
+            # What has an entry for each rank is in the file alone.
+            self.report({k: value for k, value in row.items() if isinstance(value, int | float)})
+        except Exception as error:  # whatever a package does whose server is down
+            logger.warning(REPORT_FAILS.format(error))
+            self.report = lambda row: None
         self._waiting.append(json.dumps(row) + "\n")
         try:
             with self.path.open("ab") as file:
@@ -190,7 +200,18 @@ def untested_versions() -> str:
 
 
 def open_reporter(config: Config, output_dir: Path) -> Callable[[dict], None]:
-    """Return the function that sends one object of metrics.jsonl where --report_to says."""
+    """Return the function that sends one object of metrics.jsonl where --report_to says.
+
+    Where the package fails, that is logged, and nothing is sent.
+    """
+    try:
+        return _open_reporter(config, output_dir)
+    except Exception as error:
+        logger.warning(REPORT_FAILS.format(error))
+        return lambda metrics: None
+
+
+def _open_reporter(config: Config, output_dir: Path) -> Callable[[dict], None]:
     if config.report_to == "none":
         return lambda metrics: None
     if config.report_to == "tensorboard":

@@ -244,3 +244,31 @@ def test_bom_and_chinese_in_the_data_file(tmp_path):
     path = tmp_path / "d.json"
     path.write_text(json.dumps([{"messages": [user("你好")]}], ensure_ascii=False), "utf-8-sig")
     assert Records([str(path)])[0]["messages"][0]["content"] == "你好"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--seed", 2**64),
+        ("--learning_rate", "inf"),
+        ("--weight_decay", "nan"),
+        ("--train_data", f"{REPO}/train_data/data.json:1e9"),
+    ],
+)
+def test_numbers_that_nobody_means_are_refused_by_name(run_main, flags):
+    has(fails(run_main, *flags), str(flags[0] if flags[0] != "--train_data" else "sampling rate"))
+
+
+def test_a_step_without_any_sample_stops_the_run(run_main, tmp_path):
+    """As after the disk with the media has gone: nothing was trained, and nobody was told."""
+    bad = [[user(image(make_cut_image(tmp_path / f"{i}.png"))), assistant("x")] for i in range(4)]
+    data = write_data(tmp_path / "d.json", bad)
+    flags = ("--train_data", data, "--on_bad_sample", "skip")
+    has(fails(run_main, *flags), "none of the 4 samples of a step can be read", "0: message 0")
+
+
+def test_a_metric_that_exits_is_an_error(run_main, tmp_path):
+    (tmp_path / "m.py").write_text("import sys\nsys.exit(0)\n")
+    data = write_data(tmp_path / "d.json", [GOOD])
+    flags = ("--train_data", data, "--eval_data", data, "--eval_generate", 1)
+    has(fails(run_main, *flags, "--metric", f"{tmp_path}/m.py:f"), "fails: SystemExit")

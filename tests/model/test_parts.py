@@ -19,6 +19,7 @@ from helpers import (
     tiny_config,
     write_data,
 )
+from util.config import UserError
 from util.model.families import part_of
 from util.model.load import load_model_to_answer
 from util.model.loss import cross_entropy_sum
@@ -142,6 +143,8 @@ def test_lora_trains_an_adapter_that_loads_and_merges(mixed_data, tiny_folder, t
     assert "q_proj" in json.loads((out / "adapter_config.json").read_text())["target_modules"]
 
     merge_adapter(str(out), str(merged))
+    with pytest.raises(UserError, match="is not an empty folder"):
+        merge_adapter(str(out), str(merged))
     models = {
         "adapter": load_model_to_answer(str(out), "sdpa", CPU, torch.float32),
         "merged": load_model_to_answer(str(merged), "sdpa", CPU, torch.float32),

@@ -218,7 +218,7 @@ def run(tmp_path_factory, tiny_folder):
     model.save_pretrained(output_dir)
     AutoProcessor.from_pretrained(tiny_folder).save_pretrained(output_dir)
     lines = [{"global_step": i + 1, "loss": 3 / (i + 1)} for i in range(30)]
-    lines.append({"global_step": 30, "eval_loss": 0.5})
+    lines += [{"global_step": 30, "eval_loss": 0.5}, {"global_step": 31, "loss": None}]
     (output_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder, output_dir
 

@@ -190,10 +190,11 @@ class Stopwatch:
         return seconds
 
 
-def refuse_bad_samples(problems: list[str], config) -> None:
+def refuse_bad_samples(problems: list[str], config, num_samples: int | None = None) -> None:
     """Raise UserError with what to do about samples that only decoding has shown to be bad.
 
-    Not where --on_bad_sample says to leave them out.
+    Not where --on_bad_sample says to leave them out, unless they are all the `num_samples` of a
+    step.
     """
     for problem in problems:
         if isinstance(problem, StaleIndex):
@@ -204,6 +205,11 @@ def refuse_bad_samples(problems: list[str], config) -> None:
                 "are saved, with --resume_from latest. check_data.py --decode finds all such "
                 "samples"
             )
+    if problems and len(problems) == num_samples:
+        raise UserError(
+            f"none of the {num_samples} samples of a step can be read: are the media still there? "
+            f"{problems[0]}"
+        )
 
 
 def refuse_bad_step(step: Step, loss: float, grad_norm: float) -> None:

@@ -15,6 +15,9 @@ import numpy as np
 from util.config import UserError, make_visible
 from util.media.source import check_local_file
 
+# An epoch is laid out in memory: so many times a file is more than anybody means.
+MAX_RATE = 1000
+
 
 class Records:
     """The records of one or several data files, JSON lists or JSONL, by number.
@@ -95,8 +98,8 @@ def _split_rate(name: str) -> tuple[str, float]:
         return name, 1.0
     if not path:
         return name, 1.0
-    if not 0 < rate < float("inf"):
-        raise UserError(f"{name}: the sampling rate must be above 0")
+    if not 0 < rate <= MAX_RATE:
+        raise UserError(f"{name}: the sampling rate must be above 0 and at most {MAX_RATE:,}")
     return path, rate
 
 

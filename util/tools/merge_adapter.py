@@ -22,6 +22,9 @@ def merge_adapter(adapter: str, output_dir: str) -> None:
     """Write the model folder `output_dir`. Raises UserError where `adapter` is none."""
     if not (Path(adapter) / ADAPTER_FILE).is_file():
         raise UserError(f"{adapter}: is not a LoRA adapter: it has no {ADAPTER_FILE}")
+    output = Path(output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output_dir}: exists and is not an empty folder: name a new one")
     base = base_folder(adapter)
     dtype = transformers.AutoConfig.from_pretrained(base).dtype
     # Added up in fp32, rounded once.

@@ -132,7 +132,11 @@ def read_curve(path: str, folder: Path) -> dict[str, list[tuple[int, float]]]:
             raise ValueError(f"is larger than {MAX_METRICS_BYTES >> 20} MiB")
         rows = [json.loads(line) for line in found.read_text(encoding="utf-8").splitlines()]
         points = {
-            name: [(int(row["global_step"]), float(row[name])) for row in rows if name in row]
+            name: [
+                (int(row["global_step"]), float(row[name]))
+                for row in rows
+                if row.get(name) is not None  # null: of a step that was skipped
+            ]
             for name in ("loss", "eval_loss")
         }
     except Exception as error:  # whatever the file of someone else holds

@@ -75,7 +75,7 @@ def load_metric(name: str | None) -> Metric | None:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file does when it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's file does as it is imported
         raise UserError(f"--metric {name}: {path} fails: {error!r}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
@@ -85,7 +85,7 @@ def load_metric(name: str | None) -> Metric | None:
     def metric(answer: str, reference: str) -> float:
         try:
             value = float(function(answer, reference))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"--metric {name}: {error!r} on reference {reference!r}") from error
         if not math.isfinite(value):
             raise UserError(f"--metric {name}: returned {value} on reference {reference!r}")
