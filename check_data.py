@@ -8,6 +8,8 @@ Exit code 1 when something is wrong. Takes all flags of finetune.py: those on to
 decide what fits.
 """
 
+import util  # isort: skip # noqa: F401 (before torch: it says why)
+
 import hashlib
 import json
 

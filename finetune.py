@@ -18,6 +18,8 @@ finetune_distributed.py is this file with lines that end in "dist" behind a hash
 that end in "single" here.
 """
 
+import util  # isort: skip # noqa: F401 (before torch: it says why)
+
 import logging
 import math
 import time
@@ -55,12 +57,12 @@ from util.tools.scores import load_metric
 logger = logging.getLogger("finetune")
 
 
-def train(config, model, processor, data, eval_data, num_steps, device, checkpoint=None) -> None:
+def train(config, model, processor, data, eval_data, num_steps, device, checkpoint=None) -> list:
     """Train `model` in place for `num_steps` optimizer steps, from `checkpoint` or the start.
 
     config: the flags (util/config.py). data, eval_data: PlannedData (util/data/batch.py), the
     second may be None. checkpoint: a folder checkpoint-<step>. Raises UserError where the run
-    cannot go on; what was done is saved then.
+    cannot go on; what was done is saved then. Returns the names of what a full disk has cost.
     """
     build_inputs = InputBuilder(processor, model.config._attn_implementation, device)
     # Weights stay fp32; autocast takes matrix products in bf16. Its cache would keep a bf16 copy of
@@ -78,14 +80,16 @@ def train(config, model, processor, data, eval_data, num_steps, device, checkpoi
     micro_batches = load_micro_batches(data, first_step, num_steps, config, device)
     throughput = Throughput(model, data, config, device)
     log = RunLog(config, model, data, eval_data, first_step, num_steps, device)
-    stop, num_bad_steps = StopSignal(), 0
+    stop, num_bad_steps, is_saved = StopSignal(), 0, True
 
     # Also before the first step, to know where it began; and after a resume, where a signal had
     # left no time for an evaluation that was due.
     is_due = first_step % config.eval_steps == 0 or first_step == num_steps
     if eval_data and eval_loss is None and is_due:
-        scores = evaluate(config, model, build_inputs, eval_data, autocast, device)
+        scores = evaluate(config, model, build_inputs, eval_data, autocast, device, stop)
         log.evaluation(first_step, scores)
+        if stop.name:
+            stop.end_process(first_step, bool(checkpoint), config.output_dir)
 
     for step in data.plan.steps(first_step, num_steps):
         started, global_step = time.perf_counter(), step.global_step + 1
@@ -162,12 +166,12 @@ def train(config, model, processor, data, eval_data, num_steps, device, checkpoi
         eval_loss = None
         if eval_data and not stop.name and (is_last or global_step % config.eval_steps == 0):
             try:
-                scores = evaluate(config, model, build_inputs, eval_data, autocast, device)
+                scores = evaluate(config, model, build_inputs, eval_data, autocast, device, stop)
             except UserError:
                 # Held-out data or a metric that fail are no reason to lose the steps done.
                 save_checkpoint(global_step, model, optimizer, processor, config, data, None)
                 raise
-            eval_loss = scores["eval_loss"]
+            eval_loss = scores.get("eval_loss")
             log.evaluation(global_step, scores)
         if stop.name or is_last or global_step % config.save_steps == 0:
             is_saved = save_checkpoint(
@@ -176,12 +180,19 @@ def train(config, model, processor, data, eval_data, num_steps, device, checkpoi
         if stop.name:
             stop.end_process(global_step, is_saved, config.output_dir)
 
+    # What is saved is not written again; where a full disk has refused it, this is the last chance.
+    lost = log.close(is_saved)
+    if not save_checkpoint(num_steps, model, optimizer, processor, config, data, eval_loss):
+        lost.append(f"checkpoint-{num_steps}")
+    return lost
+
 
 @torch.no_grad()
-def evaluate(config, model, build_inputs, data, autocast, device) -> dict:
+def evaluate(config, model, build_inputs, data, autocast, device, stop) -> dict:
     """Return the loss per supervised token of held-out data, and scores of generated answers.
 
-    Nothing of the training changes: neither weights nor random states.
+    Nothing of the training changes: neither weights nor random states. A signal ends it, and
+    nothing is returned: the resumed run makes up for it.
     """
     loss_sum, num_supervised_tokens = torch.zeros(2, device=device)
     problems = []
@@ -194,6 +205,9 @@ def evaluate(config, model, build_inputs, data, autocast, device) -> dict:
         loss_sum += cross_entropy_sum(logits, targets)
         num_supervised_tokens += len(targets)
         problems += micro_batch.problems
+        stop.agree(device)
+        if stop.name:
+            return {}
     refuse_bad_samples(problems, config)
     for problem in problems:
         logger.warning(f"left out   {problem}")
@@ -202,8 +216,8 @@ def evaluate(config, model, build_inputs, data, autocast, device) -> dict:
         result["num_bad_eval_samples"] = len(problems)
     if config.eval_generate:
         with autocast:
-            result |= score_answers(config, model, build_inputs, data)
-    return result
+            result |= score_answers(config, model, build_inputs, data, stop)
+    return {} if stop.name else result
 
 
 def main() -> None:
@@ -226,8 +240,8 @@ def main() -> None:
     torch.manual_seed(config.seed)
     model = load_model(folder, device, config)  # single
     started = time.perf_counter()
-    train(config, model, processor, data, eval_data, num_steps, device, checkpoint)
-    finish_run(model, processor, config, started)
+    lost = train(config, model, processor, data, eval_data, num_steps, device, checkpoint)
+    finish_run(model, processor, config, started, lost)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ else
     fi
 fi
 
+# Under nohup, SIGHUP is nothing for the launcher to handle either.
+[[ -z "$(trap -p HUP)" ]] || export PET_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGQUIT"
 # A signal lets the ranks finish their step and save; launchers would end them after 30 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}"
 export STOPPED_FILE="$(mktemp -u)"  # made by ranks that have saved
@@ -64,7 +66,8 @@ set -m  # a process group of its own, so that a signal reaches the launcher once
     "$@" &
 trap 'kill -TERM %1' TERM
 trap 'kill -INT %1' INT
-trap 'kill -HUP %1' HUP  # of a terminal that is closed; not under nohup, as bash has it
+# Of a terminal that is closed, which may send it several times; not under nohup, as bash has it.
+trap 'trap "" HUP; kill -HUP %1' HUP
 trap '' PIPE             # whoever reads what is printed may be gone
 code=0
 wait %1 || code=$?

@@ -1,5 +1,7 @@
 """Fixtures that tests share: the tiny model, the real tokenizer, and data; see helpers.py too."""
 
+import util  # isort: skip # noqa: F401 (before torch)
+
 import multiprocessing
 import signal
 from pathlib import Path
@@ -9,7 +11,7 @@ import torch
 from transformers import AutoProcessor
 
 from helpers import mixed_conversations, write_data
-from util.model.tiny import CHAT_TEMPLATE, cached_tiny_model
+from util.model.tiny import CHAT_TEMPLATE, build_config, cached_tiny_model
 
 # Two test processes share two cores.
 torch.set_num_threads(1)
@@ -75,7 +77,7 @@ def real_folder(real_tokenizer, tiny_folder, tmp_path_factory):
         video_processor=processor.video_processor,
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
-    (folder / "config.json").write_text((Path(tiny_folder) / "config.json").read_text())
+    build_config(real_tokenizer).save_pretrained(folder)
     return str(folder)
 
 

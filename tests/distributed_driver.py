@@ -26,6 +26,7 @@ from util import checkpoint, run
 from util.config import UserError
 from util.data import index as index_module
 from util.data import plan as plan_module
+from util.data.files import Records
 from util.model import load
 
 RANK = int(os.environ["RANK"])
@@ -77,6 +78,21 @@ def stop_late(num_steps):
     run.StopSignal.agree = agree_and_signal
 
 
+def stop_in_evaluation():
+    """Send rank 1 SIGTERM in the first micro-batch of the evaluation after a step; once."""
+    cross_entropy_sum, trained = finetune_distributed.cross_entropy_sum, []
+
+    def signal_and_sum(*args):
+        if torch.is_grad_enabled():
+            trained.append(1)
+        elif trained and RANK == 1:
+            finetune_distributed.cross_entropy_sum = cross_entropy_sum
+            signal.raise_signal(signal.SIGTERM)
+        return cross_entropy_sum(*args)
+
+    finetune_distributed.cross_entropy_sum = signal_and_sum
+
+
 def fail_to_export():
     """On the main process, have the disk fill up at the first export."""
     write = load.write_model
@@ -92,6 +108,12 @@ def measure_badly():
     """On rank 1, find every sample bad: what the main process finds must count."""
     if RANK == 1:
         index_module._measure = lambda *_: "bad on this rank alone"
+
+
+def other_text():
+    """On every rank but the main one, have other data, as a copy on another machine may."""
+    if RANK:
+        Records.digest = lambda records: "another"
 
 
 def apart():
@@ -173,9 +195,11 @@ HOOKS = {
     "kill": lambda: in_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "memory": record_memory,
     "measure badly": measure_badly,
+    "other text": other_text,
     "apart": apart,
     "stop after 7": lambda: in_step(7, lambda: signal.raise_signal(signal.SIGTERM)),
     "stop after 8": lambda: in_step(8, lambda: signal.raise_signal(signal.SIGTERM)),
+    "stop in evaluation": stop_in_evaluation,
     "stop late": lambda: stop_late(3),
     "fail to export": fail_to_export,
 }

@@ -36,6 +36,8 @@ POLICY = PixelPolicy(
     merge_size=2,
     temporal_patch_size=2,
 )
+# What takes longer hangs: a busy machine is no fault of ours.
+HANG_SECONDS = 1800
 # Two test processes share two cores.
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
@@ -72,7 +74,7 @@ def start(*command, **environment) -> subprocess.Popen:
     )
 
 
-def finish(process, timeout=300, code=0) -> str:
+def finish(process, timeout=HANG_SECONDS, code=0) -> str:
     """Wait for a process, end it where that takes too long, and return what it printed."""
     try:
         printed, _ = process.communicate(timeout=timeout)
@@ -84,7 +86,7 @@ def finish(process, timeout=300, code=0) -> str:
     return printed
 
 
-def wait_for(condition, process, seconds=120) -> None:
+def wait_for(condition, process, seconds=HANG_SECONDS) -> None:
     """Wait until `condition` holds; the process must not have ended before."""
     deadline = time.monotonic() + seconds
     while not condition():

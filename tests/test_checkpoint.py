@@ -200,6 +200,33 @@ def test_evaluation_does_not_change_the_training(run, mixed_data, tmp_path):
     assert evaluations(resumed) == held_out
 
 
+def test_a_signal_ends_an_evaluation_at_once(run, mixed_data, monkeypatch):
+    """Between micro-batches and between batches of answers; the resumed run makes up for it."""
+    agree, calls, last = StopSignal.agree, [], 10**9
+
+    def agree_and_count(stop, device):
+        if not torch.is_grad_enabled():  # in an evaluation
+            calls.append(stop)
+            if len(calls) == last:
+                signal.raise_signal(signal.SIGTERM)
+        agree(stop, device)
+
+    monkeypatch.setattr(StopSignal, "agree", agree_and_count)
+    flags = {"eval_data": [mixed_data], "eval_steps": 2, "eval_generate": 9, "num_steps": 3}
+    straight = run("straight", **flags)  # evaluated before the first, after steps 2 and 3
+    num_calls = len(calls) // 3
+    assert num_calls > 2
+    for last in (num_calls + 1, 2 * num_calls):
+        calls.clear()
+        with pytest.raises(SystemExit, match=str(EXIT_STOPPED)):
+            run(str(last), **flags)
+        assert len(calls) == last
+        checkpoint = straight.folder.with_name(str(last)) / "checkpoint-2"
+        resumed = run(str(last), checkpoint=checkpoint, **flags)
+        rows = [[m for m in r.metrics if "eval_loss" in m] for r in (straight, resumed)]
+        assert rows[0] == rows[1] and len(rows[0]) == 3
+
+
 def test_an_evaluation_that_fails_costs_no_step(run, mixed_data, tmp_path):
     """A judge that cannot be reached at the very end, say."""
     (tmp_path / "judge.py").write_text(
@@ -350,6 +377,31 @@ def test_a_full_disk_is_told_survived_and_tried_again(
     assert "go on with" not in caplog.text and not list_checkpoints(tmp_path / "stopped")
 
 
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_the_end_of_a_run_gives_a_full_disk_one_more_chance(run, monkeypatch, tmp_path, is_lost):
+    """What is lost then, of metrics and the last checkpoint, is an error that names it."""
+    write, start_writing, train = logutil.MetricsFile._write, saving._start_writing, finetune.train
+    full, lost = [True], []
+    monkeypatch.setattr(logutil.MetricsFile, "_write", lambda file: None if full else write(file))
+
+    def start(*args):
+        if full:
+            raise OSError(28, FULL)
+        start_writing(*args)
+
+    monkeypatch.setattr(saving, "_start_writing", start)
+    sleep = (lambda _: None) if is_lost else (lambda _: full.clear())
+    monkeypatch.setattr(logutil.time, "sleep", sleep)
+    monkeypatch.setattr(finetune, "train", lambda *args: lost.extend(train(*args)))
+    with pytest.raises(FileNotFoundError) if is_lost else nullcontext():  # of train_in's reading
+        assert len(run(num_steps=2).metrics) == 2
+    assert lost == (["2 lines of metrics.jsonl", "checkpoint-2"] if is_lost else [])
+    assert list_checkpoints(tmp_path / "out") == [tmp_path / "out" / "checkpoint-2"][is_lost:]
+    monkeypatch.setattr(saving, "_export", Mock())
+    with pytest.raises(UserError, match="has refused a and b: lost"):
+        saving.finish_run(None, None, tiny_config(output_dir=str(tmp_path)), 0.0, ["a", "b"])
+
+
 def test_a_vanished_output_folder_is_survived(run, monkeypatch, tmp_path):
     class Vanishing(StopSignal):
         def __init__(self):
@@ -357,6 +409,7 @@ def test_a_vanished_output_folder_is_survived(run, monkeypatch, tmp_path):
             shutil.rmtree(tmp_path / "out")
 
     monkeypatch.setattr(finetune, "StopSignal", Vanishing)
+    monkeypatch.setattr(logutil, "LAST_CHANCE_SECONDS", 0)
     with pytest.raises(FileNotFoundError):  # of this test's reading; train() itself went through
         run(num_steps=3, save_steps=1)
     (tmp_path / "out").mkdir()

@@ -119,7 +119,7 @@ def test_a_signal_to_the_whole_group_saves_and_stops(number, when, data, undistu
     if when == "saving":
         wait_for(lambda: list(output_dir.glob(".checkpoint-*.partial")), process)
     os.killpg(process.pid, number)
-    printed = finish(process, 120, code=EXIT_STOPPED)
+    printed = finish(process, code=EXIT_STOPPED)
     assert number.name in printed and "--resume_from latest" in printed
     assert "Traceback" not in printed
     assert undamaged_steps(output_dir)[0] == logged_steps(output_dir)[-1]
@@ -157,7 +157,7 @@ def test_a_file_system_that_fills_up(data, tmp_path):
         wait_for(lambda: len(logged_steps(output_dir)) >= 20, process)
         assert undamaged_steps(output_dir) == [3]
         (disk / "ballast").unlink()
-        printed = finish(process, 120)
+        printed = finish(process)
         assert "checkpoint-6 could not be written" in printed and "are free" in printed
         assert undamaged_steps(output_dir) == [NUM_STEPS]
         assert logged_steps(output_dir) == list(range(1, NUM_STEPS + 1))

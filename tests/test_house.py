@@ -1,12 +1,18 @@
 """The house: imports go down only, and the training step is in the two scripts alone."""
 
 import ast
+import os
+import subprocess
+import sys
+
+import pytest
 
 from helpers import REPO
 
 # From the bottom up; a file imports from floors below it, and from its own.
 FLOORS = [
     {"util", "util.check_requirements", "util.config"},
+    {"util.survive"},
     {"util.run"},
     {"util.media"},
     {"util.vision_util"},
@@ -67,3 +73,33 @@ def test_functions_fit_on_a_screen():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and node.name != "train":
                 assert node.end_lineno - node.lineno < 50, f"{name}.{node.name}"
+
+
+@pytest.mark.parametrize("own", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
+def test_how_threads_wait_is_set_before_torch_reads_it(own):
+    """In every script, and never over a setting of the user's."""
+    names = [
+        "finetune",
+        "finetune_distributed",
+        "check_data",
+        "compare",
+        "util.tools.merge_adapter",
+    ]
+    names += ["test_on_official_model", "test_on_trained_model_by_us"]
+    program = (
+        "import os, sys\n"
+        "class Torch:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch':\n"
+        "            print(os.environ.get('GOMP_SPINCOUNT'))\n"
+        "            raise SystemExit\n"
+        "sys.meta_path.insert(0, Torch())\n"
+        "__import__(sys.argv[1])\n"
+    )
+    spin = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+    environment = {k: v for k, v in os.environ.items() if k not in spin} | own
+    expected = own.get("GOMP_SPINCOUNT", "None" if own else "1000")
+    for name in names if not own else names[:1]:
+        command = [sys.executable, "-c", program, name]
+        printed = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
+        assert printed.stdout.strip() == expected, (name, printed)

@@ -40,6 +40,7 @@ from util.model.load import export_model
 from util.optim import moment_bytes
 from util.run import is_main_process, on_main_process, open_output_dir
 from util.shards import ShardPlanner, ShardReader, ShardWriter, read_index
+from util.survive import release
 
 logger = logging.getLogger("finetune")
 
@@ -119,11 +120,11 @@ def save_checkpoint(
     return True
 
 
-def finish_run(model, processor, config: Config, started: float) -> None:
+def finish_run(model, processor, config: Config, started: float, lost=()) -> None:
     """Write the model folder and the plot at the end of a run, and say what one does next.
 
-    `started`: in seconds of time.perf_counter. Raises UserError where the model cannot be written;
-    the checkpoint of the last step is a model folder too.
+    `started`: in seconds of time.perf_counter. Raises UserError where the model cannot be written,
+    or, as train() has found, something else is `lost`.
     """
     output_dir = Path(config.output_dir)
     try:
@@ -132,8 +133,14 @@ def finish_run(model, processor, config: Config, started: float) -> None:
         raise UserError(
             f"{output_dir}: the model could not be written: {' '.join(str(error).split())}. The "
             "newest checkpoint in that folder is a model folder too"
+            + "".join(f". Lost as well: {what}" for what in lost)
         ) from error
     on_main_process(_tell_the_end, output_dir)
+    if lost:
+        raise UserError(
+            f"{output_dir}: the model is there, but the disk has refused {' and '.join(lost)}: lost"
+        )
+    release()  # nothing is written any more
     logger.info(
         f"done       in {time.perf_counter() - started:.0f} s. Compare: "
         f"python test_on_trained_model_by_us.py --model_dir {output_dir}"
@@ -393,9 +400,9 @@ def begin_or_resume(
     if checkpoint:
         check_same_run(checkpoint, config, data.digest, num_steps)
         on_main_process(rewind_files, checkpoint)
+    setup_logging(Path(config.output_dir))
     if is_main_process():
         config.save(Path(config.output_dir) / "config_used.json")
-        setup_logging(Path(config.output_dir))
     if checkpoint:
         logger.info(f"resumed    from {checkpoint}")
 

@@ -1,5 +1,6 @@
 """The log, the metrics file, and the loss plot."""
 
+import atexit
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -9,6 +10,7 @@ import math
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,10 +21,12 @@ from tqdm import tqdm
 from util.check_requirements import read_requirements
 from util.config import Config, make_visible
 from util.data.batch import PlannedData
-from util.run import is_main_process, shard_size, world_size
+from util.run import is_main_process, on_main_process, shard_size, world_size
 
 logger = logging.getLogger("finetune")
 
+# How long a disk that has refused the last of a run gets before it is asked once more.
+LAST_CHANCE_SECONDS = 30
 REPORT_FAILS = "--report_to fails, and is left out from here on: {0!r:.300}"
 
 
@@ -32,22 +36,32 @@ class _Formatter(logging.Formatter):
 
 
 class _TqdmHandler(logging.Handler):
-    """Prints above a progress bar instead of through it, as long as anybody reads it."""
+    """Prints above a progress bar instead of through it."""
 
     def emit(self, record):
-        with suppress(OSError, ValueError):  # a closed pipe or terminal
+        if not hasattr(record, "is_printed"):
             tqdm.write(self.format(record), file=sys.stderr)
 
 
+class _LogFile(logging.Handler):
+    """Appends to a file; a disk that is full or gone costs lines, and not the run."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+
+    def emit(self, record):
+        with suppress(OSError), self.path.open("a", encoding="utf-8") as file:
+            file.write(self.format(record) + "\n")
+
+
 def setup_logging(output_dir: Path) -> None:
-    """Log to the terminal and to `output_dir`/train.log."""
-    logging.raiseExceptions = False  # a log that cannot be written ends no run, and says nothing
-    logger.setLevel(logging.INFO)
+    """Log to the terminal and to `output_dir`/train.log; ranks but the first: only their end."""
+    logger.setLevel(logging.INFO if is_main_process() else logging.CRITICAL)
     logger.propagate = False
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
-    terminal = _TqdmHandler()
-    file = logging.FileHandler(output_dir / "train.log", encoding="utf-8")
+    terminal, file = _TqdmHandler(), _LogFile(output_dir / "train.log")
     terminal.setFormatter(_Formatter("%(message)s"))
     file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(terminal)
@@ -92,16 +106,17 @@ class RunLog:
             logger.warning(f"left out   {problem}")
         loss = math.nan if metrics["loss"] is None else metrics["loss"]
         line = f"loss {loss:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s"
-        with suppress(OSError):  # the terminal may be gone
-            self.progress.set_postfix_str(line)
-            self.progress.update()
-            if global_step == self.num_steps:
-                self.progress.close()
+        self.progress.set_postfix_str(line)
+        self.progress.update()
+        if global_step == self.num_steps:
+            self.progress.close()
         if global_step % max(1, self.num_steps // 20) == 0:
             logger.info(f"step {global_step:>7,}/{self.num_steps:,}   {line}")
 
     def evaluation(self, global_step: int, scores: dict) -> None:
-        """Tell what evaluate() has found after so many steps."""
+        """Tell what evaluate() has found after so many steps; nothing, where a signal ended it."""
+        if not scores:
+            return
         self.metrics_file.append({"global_step": global_step, **scores})
         line = f"held-out loss {scores['eval_loss']:.4f}"
         if "eval_exact_match" in scores:
@@ -111,6 +126,14 @@ class RunLog:
             )
         line += f", metric {scores['eval_metric']:.4f}" if "eval_metric" in scores else ""
         logger.info(f"step {global_step:>7,}/{self.num_steps:,}   {line}")
+
+    def close(self, is_saved: bool) -> list[str]:
+        """Give a disk that has refused metrics, or a last checkpoint, time; return what is lost."""
+        if on_main_process(self.metrics_file.is_waiting) or not is_saved:
+            logger.error(f"once more, for the last time, in {LAST_CHANCE_SECONDS} s")
+            time.sleep(LAST_CHANCE_SECONDS)
+        num_lost = on_main_process(self.metrics_file.give_up)
+        return [f"{num_lost} lines of metrics.jsonl"] if num_lost else []
 
 
 def _log_setup(config: Config, model, data, eval_data, num_steps: int, device) -> None:
@@ -151,6 +174,7 @@ class MetricsFile:
     def __init__(self, path: Path, report: Callable[[dict], None] = lambda row: None):
         self.path, self.report = path, report
         self._waiting = []
+        atexit.register(self.give_up)  # however the run ends
 
     def append(self, row: dict) -> None:
         """Append `row` and whatever waits."""
@@ -161,10 +185,26 @@ class MetricsFile:
         try:
             # What has an entry for each rank is in the file alone.
             self.report({k: value for k, value in row.items() if isinstance(value, int | float)})
-        except Exception as error:  # whatever a package does whose server is down
+        except (Exception, SystemExit) as error:  # whatever a package does whose server is down
             logger.warning(REPORT_FAILS.format(error))
             self.report = lambda row: None
         self._waiting.append(json.dumps(row) + "\n")
+        self._write()
+
+    def is_waiting(self) -> bool:
+        """Return whether there are objects that could not be written yet."""
+        return bool(self._waiting)
+
+    def give_up(self) -> int:
+        """Try for the last time to write what waits; say and return how many objects are lost."""
+        if self._waiting:
+            self._write()
+        if num_lost := len(self._waiting):
+            logger.error(f"{self.path}: the last {num_lost} lines are lost")
+            self._waiting.clear()
+        return num_lost
+
+    def _write(self) -> None:
         try:
             with self.path.open("ab") as file:
                 end = file.tell()
@@ -206,7 +246,7 @@ def open_reporter(config: Config, output_dir: Path) -> Callable[[dict], None]:
     """
     try:
         return _open_reporter(config, output_dir)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         logger.warning(REPORT_FAILS.format(error))
         return lambda metrics: None
 
@@ -238,6 +278,8 @@ def log_left_out(metrics_file: Path) -> None:
     Those that were known before the first step stand at step 0 of the metrics, those that only
     decoding found at the steps that they belonged to.
     """
+    if not metrics_file.is_file():
+        return  # lost, which is told
     rows = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
     counts = [(row["global_step"], row.get("num_bad_samples", 0)) for row in rows]
     before = sum(count for step, count in counts if step == 0)

@@ -13,6 +13,7 @@ import time
 import traceback
 import uuid
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from tqdm import tqdm
 
 from util.config import TINY_NOTICE, Config, UserError, fill_defaults, make_visible
+from util.survive import CLAIM_FILE, claim, outlive_the_terminal, release
 
 logger = logging.getLogger("finetune")
 
@@ -129,38 +131,56 @@ def open_output_dir(config: Config, device: torch.device, checkpoint: Path | Non
     The output folder is made: new or empty, or that of the run to resume. Raises UserError where
     it is neither, cannot be written, or is not seen by all ranks.
     """
+    outlive_the_terminal()
     if config.model_name_or_path is None and device.type == "cpu" and is_main_process():
         tqdm.write(TINY_NOTICE)
+    is_named = bool(config.output_dir or checkpoint)
     config = fill_defaults(config, device.type, checkpoint and checkpoint.parent)
     # All ranks write into the main one's folder: their clocks need not agree.
-    config = on_main_process(_make_output_dir, config, checkpoint)
+    config = on_main_process(_make_output_dir, config, checkpoint, is_named)
     if dist.is_initialized():
         _check_shared(Path(config.output_dir))
     return config
 
 
-def _make_output_dir(config: Config, checkpoint: Path | None) -> Config:
-    output_dir = Path(config.output_dir)
-    if checkpoint:
-        if output_dir.resolve() != checkpoint.resolve().parent:
-            raise UserError(
-                f"--output_dir {output_dir}: a resumed run goes on in its own folder, "
-                f"{checkpoint.parent}"
-            )
-    elif output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+def _make_output_dir(config: Config, checkpoint: Path | None, is_named: bool) -> Config:
+    output_dir, number = Path(config.output_dir), 1
+    if checkpoint and output_dir.resolve() != checkpoint.resolve().parent:
+        raise UserError(
+            f"--output_dir {output_dir}: a resumed run goes on in its own folder, "
+            f"{checkpoint.parent}"
+        )
+    if is_named and not checkpoint and not (output_dir / CLAIM_FILE).exists():
+        _refuse_used(output_dir)  # and nothing is touched
+    try:
+        while not is_named and output_dir.exists():  # another run has started in this second
+            number += 1
+            output_dir = Path(f"{config.output_dir}-{number}")
+        output_dir.mkdir(parents=True, exist_ok=is_named)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+        claim(output_dir)
+    except FileExistsError:
+        if is_named:
+            raise UserError(f"--output_dir {output_dir}: is not a folder") from None
+        return _make_output_dir(config, checkpoint, is_named)  # one has started just now
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir}: cannot be written: {error}") from error
+    if not checkpoint:
+        _refuse_used(output_dir)
+    return replace(config, output_dir=str(output_dir))
+
+
+def _refuse_used(output_dir: Path) -> None:
+    if not output_dir.exists():
+        return
+    if not output_dir.is_dir() or {path.name for path in output_dir.iterdir()} - {CLAIM_FILE}:
         is_run = output_dir.is_dir() and any(output_dir.glob("checkpoint-*"))
         hint = "--resume_from latest goes on with it, or " if is_run else ""
         raise UserError(
             f"--output_dir {output_dir}: exists and is not an empty folder: {hint}choose another "
             "one, or delete it"
         )
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir}: cannot be written: {error}") from error
-    return config
 
 
 def _check_shared(output_dir: Path) -> None:
@@ -259,6 +279,8 @@ def run_main(main) -> None:
     # When this has returned, nothing holds what the frames of main() held: loaders have ended their
     # worker processes. One that is stuck takes no notice of that, and Python would wait for it.
     code = _exit_code(main)
+    if isinstance(code, str):
+        log_end(code)
     for stuck in multiprocessing.active_children():
         stuck.kill()
     if code:
@@ -280,9 +302,16 @@ def _exit_code(main) -> int | str | None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception:
+        log_end(traceback.format_exc())
         traceback.print_exc()
         return 1
     return None
+
+
+def log_end(text: str) -> None:
+    """Write into train.log, once there is one, what has stopped the run."""
+    if logger.handlers:  # critical, since ranks but the first log nothing else
+        logger.critical(text, extra={"is_printed": True})
 
 
 def run_rank(main) -> None:
@@ -307,7 +336,9 @@ def run_rank(main) -> None:
         if isinstance(error, torch.OutOfMemoryError):
             error = explain_out_of_memory(error)
         _wait_for_the_first_to_fail(error)
-        if isinstance(error, UserError):
+        is_explained = isinstance(error, UserError)
+        log_end(f"error: {error}" if is_explained else "".join(traceback.format_exception(error)))
+        if is_explained:
             # The message alone, without how the program came there.
             error.args = (make_visible(str(error)),)
             error.__cause__, error.__suppress_context__ = None, True
@@ -318,10 +349,11 @@ def run_rank(main) -> None:
             sys.excepthook(type(error), error, error.__traceback__)
     if exit_code in (0, EXIT_STOPPED):
         atexit._run_exitfuncs()  # wandb and trackio send the last of their data here
+    release()
     for loader_worker in multiprocessing.active_children():
         loader_worker.kill()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # whoever read it may be gone
+        with suppress(OSError):  # whoever read it may be gone, before there was a run
             stream.flush()
     # sys.exit would wait for what a failed rank has still to do with others; and with torch 2.14.1
     # the threads of gloo abort some interpreters as they close ("terminate called without an

@@ -1,8 +1,12 @@
 """Every mistake gets one message that says where it is and what to do; nothing is trained."""
 
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
@@ -19,6 +23,7 @@ from helpers import (
     run_script,
     set_up,
     tiny_config,
+    undamaged_steps,
     user,
     write_data,
 )
@@ -272,3 +277,87 @@ def test_a_metric_that_exits_is_an_error(run_main, tmp_path):
     data = write_data(tmp_path / "d.json", [GOOD])
     flags = ("--train_data", data, "--eval_data", data, "--eval_generate", 1)
     has(fails(run_main, *flags, "--metric", f"{tmp_path}/m.py:f"), "fails: SystemExit")
+
+
+# ------------------------------------------------------------------ what changes during a run
+
+
+def in_first_step(monkeypatch, do):
+    """Call `do` once, when the first micro-batch has gone through the model."""
+    sum_losses, done = finetune.cross_entropy_sum, []
+
+    def do_and_sum(*args):
+        if not done:
+            done.append(do())
+        return sum_losses(*args)
+
+    monkeypatch.setattr(finetune, "cross_entropy_sum", do_and_sum)
+
+
+@pytest.mark.parametrize("how", ["cut short", "edited", "renamed over"])
+def test_an_edited_jsonl_file_stops_the_run_and_saves(run_main, tmp_path, monkeypatch, how):
+    """A letter is enough, with any --on_bad_sample; a new file under its name is none of ours."""
+    lines = [json.dumps({"messages": [user("Hi"), assistant(f"It is {i}")]}) for i in range(12)]
+    path, other = tmp_path / "d.jsonl", "\n".join(lines).replace("It", "At")
+    path.write_text("\n".join(lines))
+
+    def change():
+        if how == "cut short":
+            os.truncate(path, 300)
+        elif how == "edited":
+            time.sleep(0.01)  # the clock of file times ticks so often
+            with path.open("r+") as file:
+                file.write(other)
+        else:
+            (tmp_path / "new").write_text(other)
+            os.replace(tmp_path / "new", path)
+
+    in_first_step(monkeypatch, change)
+    flags = ("--train_data", path, "--on_bad_sample", "skip", "--max_steps", 3)
+    if how == "renamed over":
+        return run_main(*flags)
+    has(fails(run_main, *flags), f"{path}: was changed while it was in use", "rename")
+    assert undamaged_steps(tmp_path / "out") == [1]
+
+
+def test_a_killed_worker_costs_no_step_that_was_done(run_main, tmp_path, monkeypatch):
+    paths = [make_image(tmp_path / f"{i}.png", 90, 90, i) for i in range(12)]
+    data = write_data(tmp_path / "d.json", [[user(image(p)), assistant("x")] for p in paths])
+    in_first_step(monkeypatch, lambda: [w.kill() for w in multiprocessing.active_children()])
+    message = fails(
+        run_main, "--train_data", data, "--num_workers", 1, "--num_epochs", 9, "--max_steps", 27
+    )
+    has(message, "a process that reads data was killed", "--num_workers", "--shm-size", "sample")
+    assert undamaged_steps(tmp_path / "out") == [len(read_metrics(tmp_path / "out"))]
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0,
+    reason="needs the right to mount",
+)
+def test_a_full_shared_memory_is_done_without(tmp_path):
+    """As of Docker, which gives 64 MiB; here 2 MiB, for micro-batches of 5 MB."""
+    paths = [make_image(tmp_path / f"{i}.png", 440, 440, i) for i in range(4)]
+    data = write_data(tmp_path / "d.json", [[user(image(p)), assistant("x")] for p in paths])
+    flags = f"--model_name_or_path tiny --device cpu --train_data {data} --max_steps 2"
+    flags += f" --num_workers 2 --output_dir {tmp_path}/out --max_pixels 200000"
+    mount = "mount -t tmpfs -o size=2m tmpfs /dev/shm"
+    run_script("unshare", "-m", "sh", "-c", f"{mount} && exec {sys.executable} finetune.py {flags}")
+    assert len(read_metrics(tmp_path / "out")) == 2
+
+
+def test_a_damaged_index_is_measured_again(tmp_path, tiny_folder, monkeypatch, caplog):
+    monkeypatch.setattr(index, "CACHE_DIR", tmp_path)
+    data = write_data(tmp_path / "d.json", [GOOD] * 3)
+
+    def measured():
+        return set_up(tiny_config(train_data=[data]), tiny_folder).index.num_tokens.tolist()
+
+    expected = measured()
+    (cache_file,) = tmp_path.glob("index-*.npy")
+    content = cache_file.read_bytes()
+    for damaged in (content[:-40], content[:40] + b"\7" + content[41:], b""):
+        cache_file.write_bytes(damaged)
+        assert measured() == expected and "is damaged" in caplog.text
+        assert cache_file.read_bytes() == content
+        caplog.clear()

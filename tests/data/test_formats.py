@@ -9,6 +9,7 @@ import resource
 import signal
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -265,8 +266,9 @@ def test_a_process_that_dies_while_measuring_is_an_error_and_no_hang():
     def die(*_):
         os.kill(os.getpid(), signal.SIGKILL)  # as a system does that runs out of memory
 
-    with pytest.raises(RuntimeError, match="exited unexpectedly"):
-        list(workers.run_all(die, "index", np.arange(300), None, None))
+    records = Mock(where="sample {}".format)
+    with pytest.raises(UserError, match="was killed, before or at sample 0, .*--num_workers"):
+        list(workers.run_all(die, "index", np.arange(300), records, None))
 
 
 def test_measuring_leaves_no_process_behind_whenever_it_ends():
@@ -274,7 +276,9 @@ def test_measuring_leaves_no_process_behind_whenever_it_ends():
     StopSignal()
     before = set(multiprocessing.active_children())  # of other tests
     for num_taken in (0, 1, 20, 300):
-        results = workers.run_all(lambda *task: task[-1], "index", np.arange(300), None, None)
+        results = workers.run_all(
+            lambda *task: task[-1], "index", np.arange(300), Mock(where=str), None
+        )
         assert [i for i, _ in itertools.islice(results, num_taken)] == list(range(num_taken))
         results.close()
         deadline = time.monotonic() + 10

@@ -2,16 +2,26 @@
 
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
 
 from helpers import CPU, tiny_config
 from util import run
 from util.config import UserError
-from util.model import attention, load
+from util.data import sample
+from util.model import attention, load, tiny
 from util.model.attention import choose_attention
-from util.model.load import find_model, load_model, load_processor
+from util.model.load import (
+    build_encoder,
+    check_adapter,
+    find_model,
+    load_model,
+    load_processor,
+)
 from util.run import choose_device
 
 CUDA = torch.device("cuda")
@@ -100,3 +110,44 @@ def test_folders_that_are_not_whole_are_named(tiny_folder, tmp_path, fault):
     with pytest.raises(UserError, match=f"{folder}: cannot be loaded; are all files there\\?"):
         load_processor(str(folder), tiny_config())
         load_model(str(folder), CPU, tiny_config())
+
+
+@pytest.mark.parametrize("fault", ["no tokenizer", "added token", "endless", "broken", "rank"])
+def test_folders_that_do_not_fit_together_are_named(tiny_folder, tmp_path, monkeypatch, fault):
+    folder, template = tmp_path / "model", "{% for i in range(99999) %}" * 4 + "{% endfor %}" * 4
+    shutil.copytree(tiny_folder, folder)
+    monkeypatch.setattr(sample, "RENDER_SECONDS", 0.2)
+    if fault == "no tokenizer":
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).unlink()
+        words = "its tokenizer does not know <|image_pad|>"
+    elif fault == "added token":
+        tokenizer = load_processor(tiny_folder, tiny_config()).tokenizer
+        tokenizer.add_tokens(["<defect>"])
+        tokenizer.save_pretrained(folder)
+        words = "'<defect>' as token .*resize_token_embeddings"
+    elif fault == "rank":
+        settings = LoraConfig(r=1_000_000, base_model_name_or_path=tiny_folder)
+        settings.save_pretrained(folder)
+        save_file({"a.lora_A.weight": torch.zeros(8, 2)}, folder / "adapter_model.safetensors")
+        words = r"rank \{1000000\}, the weights have \{8\}"
+    else:
+        (folder / "chat_template.jinja").write_text(template[: None if fault == "endless" else 50])
+        words = "chat template" + (" of .* does not end" if fault == "endless" else " fails")
+    with pytest.raises(UserError, match=words):
+        processor = load_processor(str(folder), tiny_config())
+        build_encoder(str(folder), processor, tiny_config())
+        check_adapter(folder)
+
+
+def test_a_damaged_tiny_model_is_built_again(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tiny, "REPO_DIR", tmp_path)
+    weights = Path(tiny.cached_tiny_model()) / "model.safetensors"
+    content = weights.read_bytes()
+    for damaged in (content[:-100], content[:-1] + b"\7"):
+        weights.write_bytes(damaged)
+        tiny.cached_tiny_model()
+        assert weights.read_bytes() == content and "is damaged" in caplog.text
+        caplog.clear()
+    tiny.cached_tiny_model()
+    assert not caplog.text

@@ -1,21 +1,23 @@
 """Micro-batches: several samples in one row, without padding, and the loader that makes them."""
 
 import hashlib
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from util.config import UserError
-from util.data.files import Records
+from util.data.files import DataHaveChanged, Records
 from util.data.index import CACHE_DIR, Index, build_index, check_lengths, raise_problems
 from util.data.plan import Plan, Step
 from util.data.sample import IGNORE, Sample, SampleEncoder
 from util.data.workers import read_in_time, worker_settings
-from util.run import on_main_process, rank, world_size
+from util.run import gather_object, on_main_process, rank, world_size
 
 # ---------------------------------------------------------------- micro-batches
 
@@ -43,10 +45,32 @@ class MicroBatch:
 
     def pin_memory(self) -> "MicroBatch":
         """Return a copy in page-locked memory; the DataLoader calls it."""
+        return self._map(lambda tensor: torch.as_tensor(tensor).pin_memory())
+
+    def to_share(self) -> "MicroBatch":
+        """Return a copy that another process can take over.
+
+        In shared memory, of which Docker gives 64 MiB unless asked for more. What does not fit is
+        made an array, which goes through a pipe.
+        """
+
+        def share(tensor):
+            try:
+                return tensor.share_memory_()
+            except RuntimeError:
+                return tensor.numpy()
+
+        return self._map(share)
+
+    def received(self) -> "MicroBatch":
+        """Return what to_share has made of a micro-batch with tensors alone."""
+        return self._map(torch.as_tensor)
+
+    def _map(self, function) -> "MicroBatch":
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.type is torch.Tensor}
-        pinned = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        vision_inputs = {name: tensor.pin_memory() for name, tensor in self.vision_inputs.items()}
-        return replace(self, vision_inputs=vision_inputs, **pinned)
+        mapped = {name: function(tensor) for name, tensor in tensors.items()}
+        vision_inputs = {name: function(tensor) for name, tensor in self.vision_inputs.items()}
+        return replace(self, vision_inputs=vision_inputs, **mapped)
 
 
 def pack(samples: list[Sample], encoder: SampleEncoder) -> MicroBatch:
@@ -75,8 +99,8 @@ def pack(samples: list[Sample], encoder: SampleEncoder) -> MicroBatch:
 # ---------------------------------------------------------------- the loader
 
 
-class StaleIndex(str):
-    """Says which sample is not what it was when it was indexed: no plan can hold with it."""
+class FatalProblem(str):
+    """Says why no step can go on, whatever --on_bad_sample is; the steps done can be saved."""
 
 
 class SampleDataset(Dataset):
@@ -91,10 +115,12 @@ class SampleDataset(Dataset):
     def __getitem__(self, i: int) -> Sample | str:
         try:
             sample = self.encoder.encode(self.records[i], self.records.folder(i))
+        except DataHaveChanged as error:
+            return FatalProblem(error)
         except ValueError as error:
             return f"{self.records.where(i)}: {error}"
         if len(sample.input_ids) != self.index.num_tokens[i]:
-            return StaleIndex(
+            return FatalProblem(
                 f"{self.records.where(i)}: has {len(sample.input_ids)} tokens now, but "
                 f"{self.index.num_tokens[i]} when it was indexed: its media have changed. Delete "
                 f"{CACHE_DIR}/index-*.npy and start again"
@@ -105,7 +131,7 @@ class SampleDataset(Dataset):
         """Pack the samples that could be read; the messages of the others go along."""
         micro_batch = pack([s for s in samples if not isinstance(s, str)], self.encoder)
         micro_batch.problems = [s for s in samples if isinstance(s, str)]
-        return micro_batch
+        return micro_batch if get_worker_info() is None else micro_batch.to_share()
 
 
 @dataclass
@@ -128,7 +154,10 @@ def prepare_data(names: list[str], encoder: SampleEncoder, config) -> PlannedDat
     is left.
     """
     records = Records(names)
+    digest = records.digest()
+    _refuse_unlike_ranks(digest + encoder.digest(), names)
     index, problems = on_main_process(build_index, records, encoder)
+    records.digest()  # not edited meanwhile
     problems += check_lengths(records, index, config.max_tokens, encoder)
     if config.on_bad_sample == "stop":
         raise_problems(problems)
@@ -137,10 +166,27 @@ def prepare_data(names: list[str], encoder: SampleEncoder, config) -> PlannedDat
     if plan.num_samples_per_epoch == 0:
         raise_problems(["no sample is left to train on", *problems])
     samples = SampleDataset(records, index, encoder)
-    digest = hashlib.sha256(records.digest().encode())
+    digest = hashlib.sha256(digest.encode())
     for numbers, _ in plan.groups:  # which samples are used, and how long they are
         digest.update(np.ascontiguousarray([numbers, index.num_tokens[numbers]]).tobytes())
     return PlannedData(samples, index, plan, digest.hexdigest(), problems)
+
+
+def _refuse_unlike_ranks(digest: str, names: list[str]) -> None:
+    """Raise UserError where a rank has other data, or a model folder that reads them otherwise.
+
+    It would lay out another plan, or train another text.
+    """
+    if world_size() == 1:
+        return
+    digests = gather_object([(digest, socket.gethostname())])
+    unlike = [f"{i} ({host})" for i, (other, host) in enumerate(digests) if other != digests[0][0]]
+    if unlike:
+        raise UserError(
+            f"{' '.join(names)}: these files, or tokenizer and chat template of the model, are not "
+            f"the same on all machines: rank {', '.join(unlike)} unlike rank 0 ({digests[0][1]}). "
+            "Copy both anew, or use a disk that all machines share"
+        )
 
 
 def load_micro_batches(
@@ -164,7 +210,15 @@ def load_micro_batches(
             pin_memory=device.type == "cuda",
             **worker_settings(config.num_workers),
         )
-        yield from read_in_time(loader, batches(), data.samples.records)
+        num_read = 0
+        try:
+            for micro_batch in read_in_time(loader, batches(), data.samples.records):
+                yield micro_batch.received()
+                num_read += 1
+        except UserError as error:
+            # Told as a sample that cannot be read is, so that all ranks save the steps done.
+            for _ in islice(batches(), num_read, None):
+                yield data.samples.collate([FatalProblem(error)])
 
     return Stopwatch(read())
 
@@ -197,7 +251,7 @@ def refuse_bad_samples(problems: list[str], config, num_samples: int | None = No
     step.
     """
     for problem in problems:
-        if isinstance(problem, StaleIndex):
+        if isinstance(problem, FatalProblem):
             raise UserError(problem)
         if config.on_bad_sample == "stop":
             raise UserError(

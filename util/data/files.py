@@ -5,9 +5,9 @@ What is wrong with a file raises UserError; what is wrong with a record, ValueEr
 
 import hashlib
 import json
-import mmap
 import os
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +23,8 @@ class Records:
     """The records of one or several data files, JSON lists or JSONL, by number.
 
     `names` are paths, each with an optional sampling rate: "a.json", "b.jsonl:0.5". Records stay
-    bytes until they are asked for: a JSONL file is mapped, not read, so that a million lines cost
-    no process more than their offsets. Raises UserError where a file cannot be used.
+    bytes until they are asked for, and those of a JSONL file stay on the disk, so that a million
+    lines cost no process more than their offsets. Raises UserError where a file cannot be used.
     """
 
     def __init__(self, names: list[str]):
@@ -35,10 +35,14 @@ class Records:
         return int(self._ends[-1])
 
     def __getitem__(self, i: int):
-        """Return record `i`, parsed. Raises ValueError where a line is not JSON."""
+        """Return record `i`, parsed.
+
+        Raises ValueError where a line is not JSON, DataHaveChanged where the file is another one.
+        """
         file, i = self._find(i)
+        data = file.read(int(file.starts[i]), int(file.ends[i]))
         try:
-            text = bytes(file.data[file.starts[i] : file.ends[i]]).decode("utf-8-sig")
+            text = data.decode("utf-8-sig")
             record = json.loads(text)
             if "\\ud" in text.lower():  # half of a pair of these is no text: nothing can write it
                 json.dumps(record, ensure_ascii=False).encode()
@@ -61,11 +65,15 @@ class Records:
         return Path(self._find(i)[0].path).parent
 
     def digest(self) -> str:
-        """Return a hash of the content of all files."""
+        """Return a hash of all records and of the places that they stand at.
+
+        Raises DataHaveChanged where a file is not what it was when it was opened.
+        """
         key = hashlib.sha256()
         for file in self.files:
-            with open(file.path, "rb") as stream:
-                key.update(hashlib.file_digest(stream, "sha256").digest())
+            for start in range(0, file.num_bytes, 1 << 24):
+                key.update(file.read(start, min(start + (1 << 24), file.num_bytes)))
+            key.update(file.starts.tobytes())
         return key.hexdigest()
 
     def groups(self) -> list[tuple[int, int, float]]:
@@ -78,16 +86,45 @@ class Records:
         return self.files[number], int(i - (self._ends[number - 1] if number else 0))
 
 
+class DataHaveChanged(UserError):
+    """A data file was edited after its records were counted: no plan can hold with it."""
+
+
 @dataclass
 class DataFile:
     """The bytes of a data file and where its records start and end in them."""
 
     path: str
     rate: float
-    data: bytes | mmap.mmap
+    data: bytes | FileIO  # a file stays open: one that is renamed over it is another one
     starts: np.ndarray
     ends: np.ndarray
-    lines: np.ndarray | None  # line numbers from 1, for JSONL
+    lines: np.ndarray | None = None  # line numbers from 1, for JSONL
+
+    def __post_init__(self):
+        self._opened = self._state()
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.data) if isinstance(self.data, bytes) else self._opened[0]
+
+    def read(self, start: int, end: int) -> bytes:
+        """Return some of the bytes. Raises DataHaveChanged where they were edited."""
+        if isinstance(self.data, bytes):
+            return self.data[start:end]
+        data = os.pread(self.data.fileno(), end - start, start)
+        if len(data) < end - start or self._state() != self._opened:
+            raise DataHaveChanged(
+                f"{self.path}: was changed while it was in use. Do not edit it during a run: write "
+                "a new file and rename it"
+            )
+        return data
+
+    def _state(self) -> tuple[int, int]:
+        if isinstance(self.data, bytes):
+            return len(self.data), 0
+        stat = os.fstat(self.data.fileno())
+        return stat.st_size, stat.st_mtime_ns
 
 
 def _split_rate(name: str) -> tuple[str, float]:
@@ -106,11 +143,10 @@ def _split_rate(name: str) -> tuple[str, float]:
 def _open_file(path: str, rate: float) -> DataFile:
     try:
         check_local_file(path)
-        with open(path, "rb") as file:
-            if path.endswith(".jsonl"):
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            else:
-                data = file.read()
+        if path.endswith(".jsonl"):
+            data = FileIO(path)
+        else:
+            data = Path(path).read_bytes()
     except ValueError as error:
         missing = not os.path.lexists(path)
         raise UserError(
@@ -123,23 +159,23 @@ def _open_file(path: str, rate: float) -> DataFile:
     # Kept as bytes like JSONL: a list of objects would be copied into every worker process.
     records = [json.dumps(record).encode() for record in _parse_list(path, data)]
     ends = np.cumsum([len(record) for record in records])
-    return DataFile(path, rate, b"".join(records), ends - [len(r) for r in records], ends, None)
+    return DataFile(path, rate, b"".join(records), ends - [len(r) for r in records], ends)
 
 
-def _find_lines(path: str, data: mmap.mmap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _find_lines(path: str, file: FileIO) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the starts, ends and numbers of the lines that are not blank."""
-    ends = []
-    view = np.frombuffer(data, np.uint8)
-    for start in range(0, len(view), 1 << 24):  # in parts, or the comparison copies the file
-        part = view[start : start + (1 << 24)]
-        ends.append(np.flatnonzero(part == ord("\n")) + start)
-        data.madvise(mmap.MADV_DONTNEED, start, len(part))  # nor does the file stay in memory
-    ends = np.concatenate([*ends, [len(view)]])
+    ends, num_bytes = [], 0
+    while part := file.read(1 << 24):
+        ends.append(np.flatnonzero(np.frombuffer(part, np.uint8) == ord("\n")) + num_bytes)
+        num_bytes += len(part)
+    ends = np.concatenate([*ends, [num_bytes]])
     starts = np.concatenate([[0], ends[:-1] + 1])
     # No record is so short; lines of white space are.
     lengths = ends - starts
     short = np.flatnonzero((lengths > 0) & (lengths < 40))
-    lengths[[i for i in short if not data[starts[i] : ends[i]].strip()]] = 0
+    for i in short:
+        if not os.pread(file.fileno(), int(lengths[i]), int(starts[i])).strip():
+            lengths[i] = 0
     kept = np.flatnonzero(lengths)
     if len(kept) == 0:
         raise UserError(f"{path}: holds no records")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from util.config import UserError
-from util.data.files import Records
+from util.data.files import DataHaveChanged, Records
 from util.data.sample import SampleEncoder
 from util.data.workers import run_all
 
@@ -55,10 +55,7 @@ def build_index(records: Records, encoder: SampleEncoder) -> tuple[Index, list[s
     a problem are measured again every time. Their entries are 0.
     """
     cache_file = CACHE_DIR / f"index-{_index_key(records, encoder)}.npy"
-    if cache_file.is_file():
-        rows = np.load(cache_file)
-    else:
-        rows = np.zeros((len(records), 5), dtype=np.int64)
+    rows = _load_rows(cache_file, len(records))
     problems = []
     missing = np.flatnonzero(rows[:, 0] == 0)
     for i, row in run_all(_measure, "index", missing, records, encoder):
@@ -70,13 +67,24 @@ def build_index(records: Records, encoder: SampleEncoder) -> tuple[Index, list[s
         partial = cache_file.with_suffix(f".{os.getpid()}.npy")
         try:
             CACHE_DIR.mkdir(exist_ok=True)
-            np.save(partial, rows)
+            partial.write_bytes(hashlib.sha256(rows.tobytes()).digest() + rows.tobytes())
             os.replace(partial, cache_file)
         except OSError as error:
             logger.warning(f"the index is not kept, and will be measured again: {error}")
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
     return Index(*rows.T), problems
+
+
+def _load_rows(cache_file: Path, num_samples: int) -> np.ndarray:
+    """Return what is known of the samples, a row of 5 each: zeros, where nothing is."""
+    if cache_file.is_file():
+        content = cache_file.read_bytes()
+        checksum, values = content[:32], content[32:]
+        if hashlib.sha256(values).digest() == checksum and len(values) == num_samples * 5 * 8:
+            return np.frombuffer(values, np.int64).reshape(-1, 5).copy()
+        logger.warning(f"{cache_file} is damaged: the samples are measured again")
+    return np.zeros((num_samples, 5), dtype=np.int64)
 
 
 def decode_all(records: Records, index: Index, max_tokens: int, encoder) -> list[str]:
@@ -93,6 +101,8 @@ def decode_all(records: Records, index: Index, max_tokens: int, encoder) -> list
 def _measure(encoder: SampleEncoder, records: Records, i: int) -> tuple | str:
     try:
         return encoder.measure(records[i], records.folder(i))
+    except DataHaveChanged:
+        return "cannot be read any more"  # which the next look at the whole file tells
     except ValueError as error:
         return str(error)
 
@@ -112,11 +122,9 @@ def _index_key(records: Records, encoder: SampleEncoder) -> str:
         [*util.glob("data/*.py"), *util.glob("media/*.py"), util / "vision_util.py"]
     ):
         key.update(path.read_bytes())
-    key.update(encoder.tokenizer.backend_tokenizer.to_str().encode())
+    key.update(encoder.digest().encode())
     folders = [os.path.abspath(file.path) for file in records.files]
-    settings = (encoder.chat_template, encoder.policy, encoder.supervise, folders, os.getcwd())
-    settings += (type(encoder.processor).__name__,)
-    key.update(repr(settings).encode())
+    key.update(repr((folders, os.getcwd())).encode())
     return key.hexdigest()[:20]
 
 

@@ -3,6 +3,7 @@
 Everything that is wrong raises ValueError, naming the message and the file in it.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -14,10 +15,14 @@ import torch
 
 from util.data.conversation import media_of, parse_conversation, text_of
 from util.media.source import check_local_file, describe, local_path, map_paths
+from util.survive import time_limit
 from util.vision_util import MediaShape, PixelPolicy, load_media, probe_media
 
 IGNORE = -100  # label of a token that is not trained
 CONTROL_TOKEN = re.compile(r"<\|(im_.*|vision_.*|.*_pad|endoftext)\|>")
+
+
+RENDER_SECONDS = 30  # it takes milliseconds
 
 
 @dataclass
@@ -63,19 +68,30 @@ class SampleEncoder:
             token for token in self.tokenizer.get_added_vocab() if CONTROL_TOKEN.fullmatch(token)
         ]
 
+    def digest(self) -> str:
+        """Return a hash of everything beside the data that samples depend on."""
+        settings = (self.chat_template, self.policy, self.supervise, type(self.processor).__name__)
+        tokenizer = self.tokenizer.backend_tokenizer.to_str()
+        return hashlib.sha256(f"{tokenizer} {settings!r}".encode()).hexdigest()
+
     @property
     def num_dummy_tokens(self) -> int:
         """Tokens that the dummy segment takes of every micro-batch."""
         return self.policy.num_tokens(self.policy.dummy_grid)
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        """Return the text of `messages` by the model's own chat template, media unexpanded."""
-        return self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.chat_template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
+        """Return the text of `messages` by the model's own chat template, media unexpanded.
+
+        Raises UserError where the template does not end: it is a program, of whoever wrote it.
+        """
+        problem = f"the chat template of {self.tokenizer.name_or_path} does not end"
+        with time_limit(RENDER_SECONDS, problem):
+            return self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
 
     def prepare(self, record, folder: Path = Path()) -> list[dict]:
         """Return the messages of a record, with media paths found and control tokens refused."""

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from util.config import UserError
 from util.data.files import Records
 from util.data.sample import SampleEncoder
+from util.survive import time_limit
 
 # What takes longer, a batch of samples, will never be read. A decoder hangs in C, where no signal
 # reaches it, but its process can be given up; with --num_workers 0, or few samples to measure,
@@ -46,19 +47,32 @@ def run_all(function, title: str, numbers: np.ndarray, records: Records, encoder
 def read_in_time(loader: DataLoader, batches: Iterable[list[int]], records: Records) -> Iterator:
     """Yield what a loader makes of `batches` of sample numbers.
 
-    Raises UserError naming the samples of one that takes worker processes over READ_SECONDS.
+    Raises UserError where a worker process is killed, or naming the samples of a batch that takes
+    over READ_SECONDS.
     """
-    results = iter(loader)
+    results, limit = iter(loader), contextlib.nullcontext()
+    if loader.num_workers:
+        # For a worker that was killed, torch raises in whatever line the main process is at, also
+        # while it trains or saves. Without its handler, it raises where data are waited for.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for batch in batches:
+        samples = ", ".join(map(records.where, batch))
+        if loader.num_workers:
+            limit = time_limit(
+                READ_SECONDS,
+                f"not read within {READ_SECONDS / 60:g} minutes: {samples}. check_data.py --show N "
+                "tries one: leave out the one that does not end",
+            )
         try:
-            result = next(results)
+            with limit:
+                result = next(results)
         except RuntimeError as error:
-            if not str(error).startswith("DataLoader timed out"):
+            if not str(error).startswith("DataLoader worker"):
                 raise
             raise UserError(
-                f"not read within {READ_SECONDS / 60:g} minutes: "
-                f"{', '.join(records.where(i) for i in batch)}. check_data.py --show N tries one: "
-                "leave out the one that does not end"
+                f"a process that reads data was killed, before or at {samples}. Is the main memory "
+                "full (fewer --num_workers), or the shared one (docker run --shm-size 8g)? "
+                f"{' '.join(str(error).split())}"
             ) from error
         yield result
 
@@ -92,7 +106,6 @@ def worker_settings(num_workers: int) -> dict:
     """Return what DataLoaders of this repo have in common."""
     return {
         "num_workers": num_workers,
-        "timeout": READ_SECONDS if num_workers else 0,
         "worker_init_fn": start_worker,
         # A mapped file goes to no process that is started in another way.
         "multiprocessing_context": "fork" if num_workers else None,

@@ -14,8 +14,9 @@ import torch
 import transformers
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from jinja2 import TemplateError
 from peft import PeftModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
@@ -132,9 +133,28 @@ def load_processor(folder: str, config: Config):
         raise UserError(f"{folder}: {problem}")
     with explained(folder):
         processor = transformers.AutoProcessor.from_pretrained(folder)
+    _check_tokenizer(folder, processor, model_config)
     processor.tokenizer.padding_side = "left"  # what batched generation needs
     set_pixel_limits(processor, pixel_policy(processor, config))
     return processor
+
+
+def _check_tokenizer(folder: str, processor, model_config) -> None:
+    """Raise UserError where tokenizer and model do not belong together."""
+    tokenizer, expected = processor.tokenizer, model_config.image_token_id
+    if tokenizer.convert_tokens_to_ids(processor.image_token) != expected:
+        raise UserError(
+            f"{folder}: its tokenizer does not know {processor.image_token} as the model does "
+            f"(token {expected}): are all of its files there (tokenizer.json)?"
+        )
+    num_embeddings = model_config.get_text_config().vocab_size
+    last = max(tokenizer.get_vocab().values())
+    if last >= num_embeddings:
+        raise UserError(
+            f"{folder}: its tokenizer has {tokenizer.convert_ids_to_tokens(last)!r} as token "
+            f"{last}, but the model has {num_embeddings} embeddings. After adding tokens: "
+            "model.resize_token_embeddings(len(tokenizer)), and save the model too"
+        )
 
 
 def pixel_policy(processor, config: Config) -> PixelPolicy:
@@ -169,7 +189,12 @@ def build_encoder(folder: str, processor, config: Config) -> SampleEncoder:
         )
     inputs = partial(vision_inputs, vision_tower=skeleton.model.visual)
     policy = pixel_policy(processor, config)
-    return SampleEncoder(processor, skeleton.model, inputs, policy, config.supervise)
+    encoder = SampleEncoder(processor, skeleton.model, inputs, policy, config.supervise)
+    try:
+        encoder.render([{"role": "user", "content": "?"}])
+    except (TypeError, TemplateError) as error:  # what a template of no use gives
+        raise UserError(f"{folder}: its chat template fails: {error}") from error
+    return encoder
 
 
 def load_model(folder: str, device: torch.device, config: Config):
@@ -194,7 +219,23 @@ def load_model_to_answer(folder: str, attention: str, device: torch.device, dtyp
     model = _from_pretrained(base, attention, dtype, device_map={"": device}).eval()
     if base == folder:
         return model
-    return PeftModel.from_pretrained(model, folder).eval().get_base_model()
+    with explained(folder):
+        check_adapter(folder)
+        return PeftModel.from_pretrained(model, folder).eval().get_base_model()
+
+
+def check_adapter(folder: str | Path) -> None:
+    """Raise UserError where the settings of an adapter are not those of its weights.
+
+    PEFT would make room for any rank first.
+    """
+    settings = json.loads((Path(folder) / ADAPTER_FILE).read_text(encoding="utf-8"))
+    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+        names = [name for name in file.keys() if "lora_A" in name]
+        ranks = {file.get_slice(name).get_shape()[0] for name in names}
+    told = {settings.get("r"), *(settings.get("rank_pattern") or {}).values()}
+    if not ranks or not ranks <= told or max(told) > max(ranks):
+        raise UserError(f"{folder}: {ADAPTER_FILE} says rank {told}, the weights have {ranks}")
 
 
 def _from_pretrained(folder: str, attention: str, dtype, **options):

@@ -8,6 +8,7 @@ answers after training, it learned from the training data alone.
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -18,6 +19,8 @@ import torch
 import transformers
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
+
+logger = logging.getLogger("finetune")
 
 REPO_DIR = Path(__file__).resolve().parents[2]
 TRAIN_DATA = REPO_DIR / "train_data" / "data.json"
@@ -95,21 +98,36 @@ def build_tiny_model(output_dir: str | Path) -> None:
 
 
 def cached_tiny_model() -> str:
-    """Return the folder of the tiny model, built on first use and again when its sources change."""
+    """Return the folder of the tiny model, built on first use and again when its sources change.
+
+    Or where it is damaged.
+    """
     files = [Path(__file__), *sorted(FILES_DIR.iterdir()), TRAIN_DATA]
     sources = b"".join(file.read_bytes() for file in files)
     key = hashlib.sha256(sources + transformers.__version__.encode()).hexdigest()[:12]
     folder = REPO_DIR / ".cache" / f"tiny-{key}"
+    checksum = folder / "checksum.txt"
+    if folder.is_dir() and not (checksum.is_file() and checksum.read_text() == _checksum(folder)):
+        logger.warning(f"{folder} is damaged: the tiny model is built again")
+        shutil.rmtree(folder, ignore_errors=True)
     if not folder.is_dir():
         folder.parent.mkdir(exist_ok=True)
         # Built beside and renamed: a second process never sees half a model.
         building = tempfile.mkdtemp(dir=folder.parent)
         build_tiny_model(building)
+        Path(building, "checksum.txt").write_text(_checksum(Path(building)))
         try:
             os.rename(building, folder)
         except OSError:  # another process was first
             shutil.rmtree(building)
     return str(folder)
+
+
+def _checksum(folder: Path) -> str:
+    files = sorted(path for path in folder.iterdir() if path.name != "checksum.txt")
+    return hashlib.sha256(
+        b"".join(path.name.encode() + path.read_bytes() for path in files)
+    ).hexdigest()
 
 
 def _strings(value) -> list[str]:

@@ -213,13 +213,13 @@ def save_answers(arguments, name: str, rows: list[dict], settings: dict) -> None
 
 
 @torch.no_grad()
-def score_answers(config: Config, model, build_inputs, data: PlannedData) -> dict:
+def score_answers(config: Config, model, build_inputs, data: PlannedData, stop) -> dict:
     """Let the model in training answer the first --eval_generate held-out samples; return scores.
 
     Every rank answers all of them: sharded layers are gathered by all ranks together, and a text
     on one and a picture on another would call for other layers. An answer may be twice as long as
     the longest reference. Raises UserError where a prompt cannot be read, unless bad samples are
-    to be left out.
+    to be left out. Ends without scores where the ranks agree that a signal has come.
     """
     encoder, prompts = data.samples.encoder, held_out_prompts(data, config.eval_generate)
     if not prompts:
@@ -242,6 +242,9 @@ def score_answers(config: Config, model, build_inputs, data: PlannedData) -> dic
                 synced = dist.is_initialized()
                 answers += generate(model, encoder, build_inputs, samples, limit, synced)
                 references += readable
+            stop.agree(build_inputs.device)
+            if stop.name:
+                return {}
     if not answers:
         return {}
     # The user's metric is asked once, not on every rank.

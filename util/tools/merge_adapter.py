@@ -14,7 +14,7 @@ import transformers
 from peft import PeftModel
 
 from util.config import UserError
-from util.model.load import ADAPTER_FILE, base_folder, export_model
+from util.model.load import ADAPTER_FILE, base_folder, check_adapter, export_model
 from util.run import run_main
 
 
@@ -25,6 +25,7 @@ def merge_adapter(adapter: str, output_dir: str) -> None:
     output = Path(output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output_dir}: exists and is not an empty folder: name a new one")
+    check_adapter(adapter)
     base = base_folder(adapter)
     dtype = transformers.AutoConfig.from_pretrained(base).dtype
     # Added up in fp32, rounded once.
