@@ -12,6 +12,7 @@ import util  # isort: skip # noqa: F401 (before torch: it says why)
 
 import hashlib
 import json
+from collections import Counter
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from util.data.batch import PlannedData, prepare_data
 from util.data.conversation import parse_conversation, text_of
 from util.data.files import Records
 from util.data.index import Index, build_index, check_lengths, decode_all
+from util.data.keys import ignored_keys
 from util.data.sample import IGNORE, Sample, SampleEncoder
 from util.model.load import build_encoder, find_model, find_model_to_train, load_processor
 from util.run import choose_device, run_main
@@ -77,13 +79,15 @@ def print_lengths(index: Index) -> None:
 
 
 def print_oddities(records: Records, most: int = 10) -> None:
-    """Print which records say the same as an earlier one, and which have an empty answer."""
-    first, repeats, empty = {}, [], []
+    """Print which records repeat an earlier one, empty answers, and keys that are not read."""
+    first, repeats, empty, ignored = {}, [], [], Counter()
     for i in range(len(records)):
         try:
-            messages = parse_conversation(records[i])
+            record = records[i]
+            messages = parse_conversation(record)
         except ValueError:
             continue
+        ignored.update(ignored_keys(record))
         answers = [text_of(m) for m in messages if m["role"] == "assistant"]
         empty += [i] if not all(answer.strip() for answer in answers) else []
         key = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).digest()
@@ -96,6 +100,9 @@ def print_oddities(records: Records, most: int = 10) -> None:
         print(f"empty answers, which train the end of the turn alone: {len(empty)}")
     for i in empty[:most]:
         print(f"  {records.where(i)}")
+    if ignored:
+        counts = ", ".join(f"{key} ({count:,})" for key, count in ignored.most_common(3 * most))
+        print(make_visible(f"keys that are not read: {counts}"))
 
 
 def check_files(names: list[str], encoder: SampleEncoder, config: Config, decode: bool) -> int:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import finetune_distributed
-from util import checkpoint, run
+from util import checkpoint, distributed, run
 from util.config import UserError
 from util.data import index as index_module
 from util.data import plan as plan_module
@@ -127,6 +127,12 @@ def fail():
     raise torch.OutOfMemoryError("rank one ran out of memory")
 
 
+def freeze():
+    """Stop rank 1 in a step, as a debugger or a hung driver does."""
+    distributed.BEAT_SECONDS, distributed.SILENT_SECONDS = 0.5, 6
+    in_step(3, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
 @contextmanager
 def peak_memory(report, key):
     """Put into `report[key]` how far this process's own memory rises, in bytes."""
@@ -193,6 +199,7 @@ HOOKS = {
     "adversarial": adversarial,
     "raise": lambda: in_step(3, fail),
     "kill": lambda: in_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL)),
+    "freeze": freeze,
     "memory": record_memory,
     "measure badly": measure_badly,
     "other text": other_text,

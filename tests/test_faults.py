@@ -44,8 +44,8 @@ def command(data, output_dir, *more):
     resume = ("--resume_from", "latest") if undamaged_steps(output_dir) else ()
     return [
         *(sys.executable, "finetune.py", "--model_name_or_path", "tiny", "--train_data", data),
-        *("--max_steps", NUM_STEPS, "--output_dir", output_dir, "--save_steps", 3),
-        *("--num_workers", 1, *resume, *more),
+        *("--max_steps", NUM_STEPS, "--output_dir", output_dir, "--num_workers", 1),
+        *("--save_steps", 3, *resume, *more),
     ]
 
 
@@ -70,32 +70,54 @@ def assert_same_end(output_dir, undisturbed):
     assert all(torch.equal(final[name], undisturbed[name]) for name in final)
 
 
-@pytest.mark.parametrize("num_kills, seed", [(5, 0), pytest.param(30, 1, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_again_and_again(num_kills, seed, data, undisturbed, tmp_path):
-    """At a random moment after a random step, or during a save."""
-    generator, output_dir = random.Random(seed), tmp_path / "out"
-    for number in range(num_kills):
+KILL, OTHERS = [signal.SIGKILL], [signal.SIGHUP, signal.SIGTERM, signal.SIGINT]
+
+
+@pytest.mark.parametrize(
+    "numbers, num_times, save_steps",
+    [
+        (KILL, 4, 3),
+        pytest.param(KILL, 30, 1, marks=pytest.mark.slow),
+        pytest.param(OTHERS, 30, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_is_ended_again_and_again(
+    numbers, num_times, save_steps, data, undisturbed, tmp_path
+):
+    """At a random moment after a random step, or during a save, its output a pipe, broken or not.
+
+    Killed, it loses no finished save; told to stop, no step.
+    """
+    dice, output_dir = random.Random(num_times), tmp_path / "out"
+    more = ("--save_steps", save_steps, "--keep_checkpoints", 3)
+    for i in range(num_times):
         done = max(undamaged_steps(output_dir), default=0)
         if done == 0 or done >= NUM_STEPS - 3:
             shutil.rmtree(output_dir, ignore_errors=True)
             done = 0
-        process = start(*command(data, output_dir))
-        if number % 2:
+        process = start(*command(data, output_dir, *more))
+        if i % 2:
             wait_for(lambda: list(output_dir.glob(".checkpoint-*.partial")), process)
-            time.sleep(generator.uniform(0, 0.05))
+            time.sleep(dice.uniform(0, 0.05))
         else:
-            target = generator.randint(done + 1, min(done + 8, NUM_STEPS - 1))
+            target = dice.randint(done + 1, min(done + 8, NUM_STEPS - 1))
             wait_for(lambda step=target: step in logged_steps(output_dir), process)
-            time.sleep(generator.uniform(0, 0.1))
+            time.sleep(dice.uniform(0, 0.1))
         assert process.poll() is None, process.stdout.read()
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        # No finished one is lost: at most three steps have to be done again.
-        kept = max(undamaged_steps(output_dir), default=0)
-        assert kept >= max(done, (max(logged_steps(output_dir), default=0) - 1) // 3 * 3)
+        if i % 3 == 0:
+            process.stdout.close()
+        os.killpg(process.pid, dice.choice(numbers))
+        # One that has reached its end meanwhile was not stopped.
+        assert process.wait() in ((-signal.SIGKILL,) if numbers is KILL else (EXIT_STOPPED, 0))
+        kept, last = (
+            max(steps(output_dir), default=0) for steps in (undamaged_steps, logged_steps)
+        )
+        assert kept >= max(
+            done, last if numbers is OTHERS else (last - 1) // save_steps * save_steps
+        )
     if not kept:
         shutil.rmtree(output_dir)
-    run_script(*command(data, output_dir))
+    run_script(*command(data, output_dir, *more))
     assert_same_end(output_dir, undisturbed)
 
 

@@ -4,7 +4,7 @@ import logging
 import os
 
 # A thread of torch's that waits for others looks for work 300,000 times before it sleeps, and keeps
-# the core from whoever has work on it: of three runs on two cores each had a fifth of its speed.
+# the core from whoever has work on it: of three runs on two cores each had a 17th of its speed.
 # libgomp reads this as torch is imported, so scripts that import torch import this package first.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "1000"

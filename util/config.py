@@ -108,9 +108,10 @@ class Config:
         default=None,
         help="train LoRA adapters of this rank on the linear layers of --train, not the weights",
     )
-    supervise: Literal["assistant", "all"] = HfArg(
+    supervise: Literal["assistant", "last", "all"] = HfArg(
         default="assistant",
-        help="train the assistant's answers, or all text (continued pre-training)",
+        help="train the assistant's answers, the last one of each sample, or all text (continued "
+        "pre-training)",
     )
     precision: Literal["bf16", "fp32", "bf16_lean"] | None = HfArg(
         default=None,

@@ -3,8 +3,16 @@
 What trains is in finetune_distributed.py; nothing here touches a gradient.
 """
 
+import atexit
+import itertools
 import logging
+import math
 import os
+import signal
+import socket
+import threading
+import time
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -28,10 +36,12 @@ from util.model.families import layers_of
 from util.model.load import explained
 from util.model.parts import init_lora, local_rows, prepare_for_training
 from util.model.tiny import cached_tiny_model
-from util.run import choose_device, shard_size, world_size
+from util.run import choose_device, end_rank, rank, record_failure, shard_size, world_size
 
 # How long ranks wait for the main one, which may have much data to index.
 START_TIMEOUT = timedelta(hours=2)
+# Ranks show that they are alive, and end where another one does not for so long.
+BEAT_SECONDS, SILENT_SECONDS = 10, 5 * 60
 
 # ---------------------------------------------------------------- processes
 
@@ -56,11 +66,71 @@ def start_processes(config: Config) -> torch.device:
         # and this machine may not be rank 0's.
         cached_tiny_model()
     state = PartialState(cpu=device.type == "cpu", timeout=START_TIMEOUT)
+    _watch_ranks()
     if not state.is_main_process:
         # What every rank would say is said once.
         logging.getLogger("finetune").setLevel(logging.ERROR)
     shard_size(config)  # a wrong one is told now
     return state.device
+
+
+def _watch_ranks() -> None:
+    """Start a thread that ends this rank where another one is silent for SILENT_SECONDS.
+
+    One that is stopped, or on a machine that is gone, would be waited for without end. Every rank
+    beats as long as its process runs, also while it waits or writes. A silent one on this machine
+    is killed: the launcher's signals do not reach it.
+    """
+    # Of its own: a connection that is shared has one thread wait for the other.
+    store = dist.distributed_c10d._get_default_store().clone()
+    keys = [f"beat of rank {i}" for i in range(world_size())]
+    own, number = f"{socket.gethostname()}, process {os.getpid()}", itertools.count()
+
+    def beat(last: str = "") -> None:
+        with suppress(RuntimeError):  # the store goes with its machine
+            store.set(keys[rank()], last or f"{own}:{next(number)}")
+
+    def watch() -> None:
+        values, heard, looked = store.multi_get(keys), [time.monotonic()] * len(keys), math.inf
+        while True:
+            time.sleep(BEAT_SECONDS)
+            beat()
+            new, now = values, time.monotonic()
+            with suppress(RuntimeError):
+                new = store.multi_get(keys)
+            if now - looked > SILENT_SECONDS / 2:  # it was this rank that was stopped
+                heard = [now] * len(keys)
+            for i, value in enumerate(new):
+                if value != values[i] or value == b"done":
+                    heard[i] = now
+            values, looked = new, now
+            silent = {i: values[i] for i, at in enumerate(heard) if now - at > SILENT_SECONDS}
+            if silent:
+                _end_for(silent, own)
+
+    beat()
+    dist.barrier()
+    atexit.register(beat, "done")
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _end_for(silent: dict[int, bytes], own: str) -> None:
+    """End this rank, and silent ones on this machine. silent: the last beats of ranks."""
+    places = {i: value.decode().split(":")[0] for i, value in silent.items()}
+    names = "; ".join(f"rank {i} ({place})" for i, place in places.items())
+    try:  # the launcher is told of an exception that is being handled
+        raise UserError(
+            f"{names}: silent for {SILENT_SECONDS / 60:g} minutes: stopped, or its machine is "
+            "gone. What was saved before is whole: --resume_from latest goes on with it"
+        )
+    except UserError as error:
+        record_failure(error)
+    host, separator, _ = own.rpartition(" ")
+    for place in places.values():
+        if place.startswith(host + separator):
+            with suppress(OSError):
+                os.kill(int(place.removeprefix(host + separator)), signal.SIGKILL)
+    end_rank(1)
 
 
 def gather_problems(problems: list[str], device: torch.device) -> list[str]:

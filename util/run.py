@@ -336,19 +336,29 @@ def run_rank(main) -> None:
         if isinstance(error, torch.OutOfMemoryError):
             error = explain_out_of_memory(error)
         _wait_for_the_first_to_fail(error)
-        is_explained = isinstance(error, UserError)
-        log_end(f"error: {error}" if is_explained else "".join(traceback.format_exception(error)))
-        if is_explained:
-            # The message alone, without how the program came there.
-            error.args = (make_visible(str(error)),)
-            error.__cause__, error.__suppress_context__ = None, True
-            error.__traceback__ = None
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:
-            get_error_handler().record_exception(error)
-        else:
-            sys.excepthook(type(error), error, error.__traceback__)
+        record_failure(error)
     if exit_code in (0, EXIT_STOPPED):
         atexit._run_exitfuncs()  # wandb and trackio send the last of their data here
+    end_rank(exit_code)
+
+
+def record_failure(error: Exception) -> None:
+    """Write into train.log, and where the launcher looks for it, what ends this rank."""
+    is_explained = isinstance(error, UserError)
+    log_end(f"error: {error}" if is_explained else "".join(traceback.format_exception(error)))
+    if is_explained:
+        # The message alone, without how the program came there.
+        error.args = (make_visible(str(error)),)
+        error.__cause__, error.__suppress_context__ = None, True
+        error.__traceback__ = None
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        get_error_handler().record_exception(error)
+    else:
+        sys.excepthook(type(error), error, error.__traceback__)
+
+
+def end_rank(exit_code: int) -> None:
+    """End this process, from any of its threads."""
     release()
     for loader_worker in multiprocessing.active_children():
         loader_worker.kill()

@@ -361,3 +361,36 @@ def test_a_damaged_index_is_measured_again(tmp_path, tiny_folder, monkeypatch, c
         assert measured() == expected and "is damaged" in caplog.text
         assert cache_file.read_bytes() == content
         caplog.clear()
+
+
+# ------------------------------------------------------------------ files that are something else
+
+
+STARTS = {
+    "a PDF document": b"%PDF-1.7\n",
+    "git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+    "a web page": b"\n<!DOCTYPE html><html>",
+    "a HEIC picture": b"\0\0\0\x18ftypheic",
+    "a Parquet file": b"PAR1\x15\0",
+    "an Arrow file": b"ARROW1\0\0",
+    "`gunzip`": b"\x1f\x8b\x08",
+    "a ZIP archive": b"PK\x03\x04",
+}
+
+
+@pytest.mark.parametrize("words", STARTS)
+def test_a_file_that_is_not_what_its_name_says_is_named(run_main, tmp_path, words):
+    for name in ("a.jpg", "a.json", "a.jsonl"):
+        (tmp_path / name).write_bytes(STARTS[words] + bytes(99))
+    data = write_data(tmp_path / "d.json", [[user(image("a.jpg")), assistant("x")]])
+    has(fails(run_main, "--train_data", data), "sample 0: message 0", "a.jpg", words)
+    for name in ("a.json", "a.jsonl"):
+        has(fails(run_main, "--train_data", tmp_path / name), f"{name}: is ", words, "JSONL")
+
+
+def test_paths_of_other_systems_are_explained(run_main, tmp_path):
+    for path, words in (("~/a.jpg", "write the whole path"), ("b\\a.jpg", "set apart by /")):
+        data = write_data(tmp_path / "d.json", [[user(image(path)), assistant("x")]])
+        has(fails(run_main, "--train_data", data), f"no such file: {tmp_path}", words)
+    (tmp_path / "d.csv").write_text("a,b\n1,2\n")
+    has(fails(run_main, "--train_data", tmp_path / "d.csv"), "is a table", "JSONL")

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from helpers import assistant, encoder_for, image, make_image, text, tiny_config, user
 from util.config import UserError
 from util.data import index as index_module
-from util.data import workers
+from util.data import keys, workers
 from util.data.batch import prepare_data
 from util.data.conversation import parse_conversation
 from util.data.files import Records
@@ -312,3 +312,107 @@ def test_a_million_lines_open_in_seconds_and_little_memory(tmp_path, tiny_folder
     assert resident_bytes() - memory < 200e6
     after = resource.getrusage(resource.RUSAGE_SELF)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
+
+
+# ------------------------------------------------------------------ keys
+
+
+TWO_TURNS = [user("one"), assistant("First."), user("two"), assistant("Second.")]
+
+
+def trained_texts(tiny_folder, record, **flags) -> list[str]:
+    encoder = encoder_for(tiny_folder, **flags)
+    return [text for text, is_trained in encoder.segments(encoder.prepare(record)) if is_trained]
+
+
+@pytest.mark.parametrize("no", [{"loss": False}, {"weight": 0}, {"loss": False, "weight": None}])
+def test_an_answer_that_is_not_to_be_trained_is_context(tiny_folder, no):
+    first, second = "First.<|im_end|>", "Second.<|im_end|>"
+    messages = [TWO_TURNS[0], TWO_TURNS[1] | no, TWO_TURNS[2], TWO_TURNS[3] | {"loss": True}]
+    turns = [{"from": "human", "value": "one"}, {"from": "gpt", "value": "First."} | no]
+    turns += [{"from": "human", "value": "two"}, {"from": "gpt", "value": "Second.", "weight": 1}]
+    for record in ({"messages": messages}, {"conversations": turns}):
+        assert trained_texts(tiny_folder, record) == [second]
+    assert trained_texts(tiny_folder, {"messages": TWO_TURNS}) == [first, second]
+    assert trained_texts(tiny_folder, {"messages": TWO_TURNS}, supervise="last") == [second]
+    # All text but that answer, and what is trained and what not make the whole.
+    pieces = trained_texts(tiny_folder, {"messages": messages}, supervise="all")
+    whole = encoder_for(tiny_folder).render(messages)
+    assert first not in "".join(pieces) and whole.replace(first, "") == "".join(pieces)
+    last = [*TWO_TURNS[:3], TWO_TURNS[3] | no]
+    with pytest.raises(ValueError, match="nothing to train"):
+        encoder_for(tiny_folder, supervise="last").measure({"messages": last})
+
+
+def test_the_records_own_system_prompt_is_the_first_message():
+    first, *others = EXPECTED
+    record = {"messages": others, "system": first["content"]}
+    assert parse_conversation(record) == EXPECTED
+    assert parse_conversation({"messages": others, "system": ""}) == others
+    with pytest.raises(ValueError, match='"system" must be a string, and the only'):
+        parse_conversation({"messages": EXPECTED, "system": "x"})
+
+
+def test_media_as_openai_trl_and_hugging_face_write_them():
+    url = {"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}
+    empty, stored = {"type": "image"}, {"bytes": None, "path": "b.png"}
+    content = [text("What is "), text("this?")]
+    for message, images in (
+        (user(url, content[0], url | {"image_url": "b.png"}, content[1]), None),
+        (user(empty, content[0], empty | {"image": None}, content[1]), ["a.png", stored]),
+        (user(empty, content[0], image("b.png"), content[1]), ["a.png"]),
+        (user("<image>What is <image>this?"), [{"path": "a.png"}, stored]),
+    ):
+        record = {"messages": [EXPECTED[0], message, EXPECTED[2]], "images": images}
+        assert parse_conversation(record) == EXPECTED
+    picture = b"\x89PNG"
+    record = {"messages": [user(empty), assistant("x")], "image": {"bytes": picture, "path": "a"}}
+    assert parse_conversation(record)[0]["content"] == [{"type": "image", "image": picture}]
+    with pytest.raises(ValueError, match="tags in the text: 2, but in the record's list: 1"):
+        parse_conversation({"messages": [user(empty, empty)], "images": ["a.png"]})
+
+
+@pytest.mark.parametrize(
+    "more, in_message, words",
+    [
+        ({"tools": "[]"}, {}, 'a key "tools": tools are not trained'),
+        ({"audios": ["a.wav"]}, {}, "sound is not read"),
+        ({"rejected_response": "No."}, {}, "pairs are not trained"),
+        ({"objects": {"bbox": [[1, 2, 3, 4]]}}, {}, "convert_box"),
+        ({}, {"tool_calls": [{"id": 1}]}, 'message 1: has a key "tool_calls"'),
+        ({}, {"reasoning_content": "Hm"}, "message 1: .*make it part of content"),
+        ({}, {"weight": 0.5}, '"weight": 0.5: must be true or false'),
+        ({}, {"loss": "false"}, "must be true or false"),
+        ({}, {"loss": True, "weight": 0}, "contradict each other"),
+        ({}, {"content": "Picture 1: <img>a.png</img>"}, "of the first Qwen-VL"),
+    ],
+)
+def test_a_key_that_would_change_what_is_trained_is_refused(more, in_message, words):
+    with pytest.raises(ValueError, match=words):
+        parse_conversation({"messages": [user("Hi"), assistant("A.") | in_message]} | more)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    key=st.sampled_from([*WORDS, *keys.REFUSED_IN_RECORDS, *keys.REFUSED_IN_MESSAGES, "loss"])
+    | st.text(max_size=5),
+    value=json_values,
+    in_message=st.booleans(),
+)
+def test_any_further_key_is_honoured_refused_or_listed(key, value, in_message):
+    """Ignored, it changes nothing, and check_data.py lists it."""
+    plain = {"messages": [user("Hi"), assistant("Hello.")]}
+    record = json.loads(json.dumps(plain))
+    owner = record["messages"][1] if in_message else record
+    owner.setdefault(key, value)
+    if keys.is_empty(owner[key]) or owner[key] != value:
+        return
+    try:
+        parsed = parse_conversation(record)
+    except ValueError as error:
+        assert key in str(error) or key in "role content messages conversations images videos"
+        return
+    known = keys.MESSAGE_KEYS if in_message else keys.RECORD_KEYS
+    if key not in known:
+        assert parsed == plain["messages"]
+        assert list(keys.ignored_keys(record)) == [f"message.{key}" if in_message else key]

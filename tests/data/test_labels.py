@@ -163,3 +163,14 @@ def test_arrow_nulls_are_no_pictures(folder):
     encoder = encoder_for(folder)
     sample = encoder.encode({"messages": [user(item), assistant("yes")]})
     assert not sample.grids and "<|image_pad|>" not in encoder.tokenizer.decode(sample.input_ids)
+
+
+def test_an_answer_is_decoded_with_everything_that_was_trained(real_tokenizer, real_folder):
+    """Boxes, and a user's own tokens; what ends or pads it is cut."""
+    encoder = encoder_for(real_folder)
+    text = "<|object_ref_start|>cat<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|> <|im_x|>"
+    ids = real_tokenizer(text).input_ids
+    assert len(ids) < len(text) / 3
+    ends = real_tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>", "<|image_pad|>"])
+    assert encoder.decode_answer(ids + ends) == text
+    assert encoder.tokenizer.decode(ids, skip_special_tokens=True) != text

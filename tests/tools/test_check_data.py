@@ -122,7 +122,7 @@ MORE_FAULTS = [
     (turns("a", messages=[]), 'both "messages" and "conversations"'),
     (talk(user("a") | {"images": ["a.png"]}), 'message 0: has a key "image"'),
     (turns("<image>", images=[text("a")]), "lists an item of type 'text'"),
-    (turns("<image>", image={"path": "a.png"}), "message 0: an item of type image needs a string"),
+    (turns("<image>", image={"file": "a.png"}), "message 0: an item of type image needs a string"),
     (clip("a.mp4", speed=1), "unknown key 'speed'"),
     (clip("a.mp4", fps=0), "fps 0: must be a number above 0"),
     (clip("a.mp4", nframes=2.5), "nframes 2.5: must be a whole number"),
@@ -322,4 +322,5 @@ def test_it_prints_lengths_shares_duplicates_and_one_sample(check_data, tmp_path
     assert "duplicates: 2" in printed
     assert f"{tmp_path}/data.jsonl: line 3 repeats {tmp_path}/data.jsonl: line 1" in printed
     assert "length in tokens" in printed and "100.0 % text" in printed
+    assert "keys that are not read: id (3)\n" in printed
     assert "[[Hello.<|im_end|>]]" in printed

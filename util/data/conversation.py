@@ -6,6 +6,13 @@ What is wrong raises ValueError naming the message.
 import re
 from collections.abc import Iterator
 
+from util.data.keys import (
+    REFUSED_IN_MESSAGES,
+    REFUSED_IN_RECORDS,
+    is_empty,
+    is_trained,
+    refuse_keys,
+)
 from util.media.source import check_media_item
 
 ROLES = ("system", "user", "assistant")
@@ -42,7 +49,7 @@ def _from_turn(i: int, turn) -> dict:
     speaker = turn.get("from")
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
         raise ValueError(f"message {i}: unknown speaker {speaker!r}: use human, gpt or system")
-    return {"role": SPEAKERS[speaker], "content": turn.get("value")}
+    return {**turn, "role": SPEAKERS[speaker], "content": turn.get("value")}
 
 
 # A format is a function from a record to a list of messages, by the key that tells it apart. Tags
@@ -55,7 +62,8 @@ def parse_conversation(record) -> list[dict]:
 
     A message is {"role": ..., "content": ...}; content is a string or a list of items
     {"type": "text", "text": ...}, {"type": "image", "image": ...}, {"type": "video", "video": ...}.
-    Raises ValueError naming the message where a record is anything else.
+    An answer that is context alone has "loss": False too. Raises ValueError naming the message
+    where a record is anything else.
     """
     record = record if isinstance(record, dict) else {}
     keys = [key for key in FORMATS if record.get(key) is not None]
@@ -63,17 +71,22 @@ def parse_conversation(record) -> list[dict]:
         raise ValueError(f"both {_names(keys, 'and')}: use one of them")
     if not keys:
         raise ValueError(f"must be an object with a list {_names(FORMATS, 'or')}")
+    refuse_keys(record, REFUSED_IN_RECORDS)
     messages = FORMATS[keys[0]](record)
     messages = [_parse_message(i, message) for i, message in enumerate(messages)]
-    return _place_tagged_media(messages, record)
+    if not is_empty(system := record.get("system")):
+        if not isinstance(system, str) or messages[0]["role"] == "system":
+            raise ValueError('"system" must be a string, and the only system message')
+        messages.insert(0, {"role": "system", "content": system})
+    return _place_media(messages, record)
 
 
 def _names(keys, word: str) -> str:
     return f" {word} ".join(f'"{key}"' for key in keys)
 
 
-def _place_tagged_media(messages: list[dict], record: dict) -> list[dict]:
-    """Put the record's own lists of media where the tags in its text stand."""
+def _place_media(messages: list[dict], record: dict) -> list[dict]:
+    """Put the record's own lists of media where the tags in its text stand, or its empty items."""
     media = {kind: _media_list(record, kind) for kind in MEDIA_TYPES}
     left = {kind: iter(items) for kind, items in media.items()}
     counts = dict.fromkeys(MEDIA_TYPES, 0)
@@ -81,7 +94,16 @@ def _place_tagged_media(messages: list[dict], record: dict) -> list[dict]:
     # LLaVA-Video writes <image> for its clips.
     is_llava_video = not media["image"] and not any("<video>" in text for text in texts)
     for i, message in enumerate(messages):
-        if not isinstance(message["content"], str) or not MEDIA_TAG.search(message["content"]):
+        if isinstance(message["content"], list):
+            for k, item in enumerate(message["content"]):
+                if set(item) == {"type"}:
+                    where, kind = f"message {i}, item {k}", item["type"]
+                    if not media[kind]:
+                        _check_media(where, item)  # which says what is missing
+                    counts[kind] += 1
+                    message["content"][k] = _parse_item(where, next(left[kind], media[kind][0]))
+            continue
+        if not MEDIA_TAG.search(message["content"]):
             continue
         content = []
         # Odd parts are tags. The line break that sets a tag apart is not part of the text.
@@ -98,7 +120,7 @@ def _place_tagged_media(messages: list[dict], record: dict) -> list[dict]:
         if counts[kind] != len(media[kind]):
             raise ValueError(
                 f"<{kind}> tags in the text: {counts[kind]}, but in the record's list: "
-                f"{len(media[kind])}. Put one tag where each {kind} belongs"
+                f"{len(media[kind])}. Put one tag, or one empty item, where each {kind} belongs"
             )
     return messages
 
@@ -114,8 +136,23 @@ def _media_list(record: dict, kind: str) -> list[dict]:
         if isinstance(entry, dict) and entry.get("type", kind) != kind:
             raise ValueError(f'"{kind}s" lists an item of type {entry["type"]!r}')
         if entry is not None:
-            items.append({**(entry if isinstance(entry, dict) else {kind: entry}), "type": kind})
+            is_item = isinstance(entry, dict) and not _is_stored(entry)
+            items.append({**(entry if is_item else {kind: _unwrap(entry)}), "type": kind})
     return items
+
+
+def _is_stored(value) -> bool:
+    """Return whether a value is a file as data sets of Hugging Face hold it."""
+    return isinstance(value, dict) and {"path"} <= set(value) <= {"bytes", "path"}
+
+
+def _unwrap(value):
+    """Return the path, address or data URL in what OpenAI and Hugging Face wrap it in."""
+    if isinstance(value, dict) and isinstance(value.get("url"), str):
+        return value["url"]
+    if not _is_stored(value):
+        return value
+    return value["path"] if value.get("bytes") is None else value["bytes"]
 
 
 def _parse_message(i: int, message) -> dict:
@@ -132,30 +169,51 @@ def _parse_message(i: int, message) -> dict:
                 f'message {i}: has a key "{kind}": {kind}s are items of the content, or stand in '
                 "the record's own list"
             )
+    refuse_keys(message, REFUSED_IN_MESSAGES, f"message {i}: ")
     if isinstance(content, list):
         content = [_parse_item(f"message {i}, item {k}", item) for k, item in enumerate(content)]
     elif not isinstance(content, str):
         raise ValueError(f"message {i}: content must be a string or a list")
-    return {"role": role, "content": content}
+    parsed = {"role": role, "content": content}
+    if role == "assistant" and not is_trained(message, f"message {i}"):
+        return parsed | {"loss": False}
+    if role != "assistant" and (message.get("loss") or message.get("weight")):
+        raise ValueError(f"message {i}: only answers are trained: --supervise all trains all text")
+    if "<img>" in text_of(parsed) and "</img>" in text_of(parsed):
+        raise ValueError(
+            f"message {i}: <img>...</img>, of the first Qwen-VL, is not read: write <image> in its "
+            'place, and list the files under "images"'
+        )
+    return parsed
 
 
 def _parse_item(where: str, item) -> dict:
     # Rows that passed through Arrow carry every key of every item, with null where there is none.
     item = {k: v for k, v in item.items() if v is not None} if isinstance(item, dict) else {}
     kind = item.get("type")
+    if kind in ("image_url", "video_url"):  # of OpenAI; its "detail" is for --max_pixels to say
+        kind = kind.removesuffix("_url")
+        item = {"type": kind, kind: item.get(f"{kind}_url")}
     if kind not in ("text", *MEDIA_TYPES):
         raise ValueError(f"{where}: unknown type {kind!r}: use text, image or video")
     if kind in MEDIA_TYPES:
-        try:
-            check_media_item(item)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+        if set(item) == {"type"}:
+            return item  # for the next one of the record's list
+        item[kind] = _unwrap(item.get(kind))
+        _check_media(where, item)
         return item
     if not isinstance(item.get("text"), str):
         raise ValueError(f'{where}: an item of type text needs a string "text"')
     if extra := set(item) - {"type", "text"}:
         raise ValueError(f"{where}: unknown key {min(extra)!r}")
     return item
+
+
+def _check_media(where: str, item: dict) -> None:
+    try:
+        check_media_item(item)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def text_of(message: dict) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from util.config import UserError, make_visible
-from util.media.source import check_local_file
+from util.media.source import check_local_file, what_it_is
 
 # An epoch is laid out in memory: so many times a file is more than anybody means.
 MAX_RATE = 1000
@@ -143,6 +143,12 @@ def _split_rate(name: str) -> tuple[str, float]:
 def _open_file(path: str, rate: float) -> DataFile:
     try:
         check_local_file(path)
+        with open(path, "rb") as file:
+            kind = what_it_is(file.read(64))
+        if kind or path.endswith(".csv"):
+            raise ValueError(
+                f"is {kind or 'a table'}. Data files are JSON lists, or JSONL of one record a line"
+            )
         if path.endswith(".jsonl"):
             data = FileIO(path)
         else:

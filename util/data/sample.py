@@ -19,7 +19,8 @@ from util.survive import time_limit
 from util.vision_util import MediaShape, PixelPolicy, load_media, probe_media
 
 IGNORE = -100  # label of a token that is not trained
-CONTROL_TOKEN = re.compile(r"<\|(im_.*|vision_.*|.*_pad|endoftext)\|>")
+# Others that stand between <| and |>, such as those of boxes or a user's own, are text.
+CONTROL_TOKEN = re.compile(r"<\|(im_(start|end)|vision_(start|end)|[a-z]+_pad|endoftext)\|>")
 
 
 RENDER_SECONDS = 30  # it takes milliseconds
@@ -93,6 +94,12 @@ class SampleEncoder:
                 add_generation_prompt=add_generation_prompt,
             )
 
+    def decode_answer(self, token_ids: list[int]) -> str:
+        """Return the text of an answer, with everything in it that can be trained."""
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=False)
+        ends = {self.tokenizer.eos_token, self.tokenizer.pad_token, *self.control_tokens} - {None}
+        return re.sub("|".join(map(re.escape, sorted(ends))), "", text)
+
     def prepare(self, record, folder: Path = Path()) -> list[dict]:
         """Return the messages of a record, with media paths found and control tokens refused."""
         messages = parse_conversation(record)
@@ -118,14 +125,16 @@ class SampleEncoder:
         generation begins with, after a prompt that ends with the generation header; tokenized in
         one go, "assistant\\n" and an answer's leading newline become one token.
         """
-        text = self.render(messages)
-        if self.supervise == "all":
+        text, all_text = self.render(messages), self.supervise == "all"
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        untrained = {i for i in answers if not messages[i].get("loss", True)}
+        if all_text and not untrained:
             return [(text, True)]
+        if self.supervise == "last":
+            untrained |= {*answers[:-1]}
         pieces, done = [], 0
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            if i == 0:
+        for i in answers:
+            if i == 0 and not all_text:
                 raise ValueError(
                     "message 0: an answer to nothing: put a user or system message before it, or "
                     "use --supervise all"
@@ -138,14 +147,15 @@ class SampleEncoder:
                     f"message {i}: the model's chat template changes earlier turns when later ones "
                     "follow, so its answers cannot be told from its prompts"
                 )
-            pieces += [(text[done : len(prompt)], False), (text[len(prompt) : end], True)]
+            answer = (text[len(prompt) : end], i not in untrained)
+            pieces += [(text[done : len(prompt)], all_text), answer]
             done = end
         if not pieces:
             raise ValueError(
                 "no assistant message, so there is nothing to train: add one, or use "
                 "--supervise all"
             )
-        return [*pieces, (text[done:], False)]
+        return [*pieces, (text[done:], all_text)]
 
     def tokenize(self, pieces: list[tuple[str, bool]], media: list[MediaShape]) -> tuple:
         """Return input_ids and labels of `pieces`, with a placeholder for every media token."""
@@ -288,4 +298,9 @@ def find_file(path: str, folder: Path) -> str:
                 raise ValueError(f"{describe(candidate)}: {error}") from error
             return str(candidate)
     places = " nor ".join(describe(place) for place in (Path(path).absolute(), folder / path))
-    raise ValueError(f"no such file: {places}: correct the path, or put it there")
+    hint = "correct the path, or put it there"
+    if path.startswith("~"):
+        hint = "~ is not read as a home folder: write the whole path"
+    elif "\\" in path:
+        hint = "folders are set apart by /, not by \\"
+    raise ValueError(f"no such file: {places}: {hint}")

@@ -107,7 +107,7 @@ def worker_settings(num_workers: int) -> dict:
     return {
         "num_workers": num_workers,
         "worker_init_fn": start_worker,
-        # A mapped file goes to no process that is started in another way.
+        # An open file goes to no process that is started in another way.
         "multiprocessing_context": "fork" if num_workers else None,
         # Its own, so that reading data never moves the random state of the training.
         "generator": torch.Generator(),

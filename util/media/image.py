@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from util.media.source import what_it_is
+
 # What is opened, under whatever name: formats that Pillow (HEIF: a plug-in) decodes itself. EPS is
 # a program, which Pillow has Ghostscript run.
 FORMATS = "JPEG PNG WEBP GIF BMP DIB TIFF PPM ICO AVIF JPEG2000 HEIF TGA".split()
@@ -42,7 +44,9 @@ def _why_unknown(source: str | BytesIO) -> str:
     """Return why Pillow opens no picture there; a format that it would open is named."""
     with nullcontext(source) if isinstance(source, BytesIO) else open(source, "rb") as file:
         file.seek(0)
-        start = file.read(16)
+        start = file.read(64)
+    if kind := what_it_is(start):
+        return f"it is {kind}"
     others = [(name, test) for name, (_, test) in Image.OPEN.items() if name not in FORMATS]
     if names := [name for name, test in others if test and test(start) is True]:
         return f"{' or '.join(names)} is no format that is opened: convert it to PNG or JPEG"

@@ -12,6 +12,7 @@ import ipaddress
 import math
 import os
 import queue
+import re
 import socket
 import threading
 import time
@@ -98,6 +99,27 @@ def check_local_file(path: str) -> None:
         raise ValueError("is not a regular file")
     if os.path.getsize(path) == 0:
         raise ValueError("is empty")
+
+
+# How files begin that stand under another one's name, and what to do with them.
+FIRST_BYTES = {
+    rb"%PDF": "a PDF document: export its pages as pictures",
+    rb"version https://git-lfs": "a pointer of Git LFS: `git lfs pull` fetches the file itself",
+    rb"(?i)\s*<(!doctype|html|\?xml)": "a web page, as servers send for a file: fetch it anew",
+    rb"....ftyp(heic|heix|mif1|msf1)": "a HEIC picture: convert it to JPEG",
+    rb"PAR1": "a Parquet file: datasets.Dataset.from_parquet(FILE).to_json('data.jsonl') "
+    "converts it",
+    rb"ARROW1|\xff{4}": "an Arrow file: datasets.Dataset.from_file(FILE).to_json('data.jsonl') "
+    "converts it",
+    rb"\x1f\x8b": "compressed: `gunzip` unpacks it",
+    rb"PK\x03\x04": "a ZIP archive: `unzip` unpacks it",
+}
+
+
+def what_it_is(start: bytes) -> str | None:
+    """Return what a file is that begins so, and what to do with it, where that is known."""
+    found = (text for pattern, text in FIRST_BYTES.items() if re.match(pattern, start, re.S))
+    return next(found, None)
 
 
 def local_path(path: str) -> str:

@@ -327,7 +327,7 @@ def generate(
     finally:
         model.generation_config = own_config
     new_tokens = output[:, inputs["input_ids"].shape[1] :]
-    return encoder.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+    return [encoder.decode_answer(ids) for ids in new_tokens.tolist()]
 
 
 def _model_inputs(encoder: SampleEncoder, build_inputs, samples: list[Sample]) -> dict:

@@ -1,0 +1,68 @@
+"""Which keys of a record and of its messages mean something here.
+
+A key that would change what is trained is honoured, or refused by name; all others are ignored,
+and check_data.py lists them. Null, and what is empty, is as good as no key.
+"""
+
+from collections.abc import Iterator
+
+# What a conversation is made of; the first two are its formats.
+RECORD_KEYS = {"messages", "conversations", "image", "images", "video", "videos", "system"}
+MESSAGE_KEYS = {"role", "content", "from", "value", "loss", "weight"}
+MESSAGE_KEYS |= {"image", "images", "video", "videos"}  # refused where they are read
+
+_NO_TOOLS = "tools are not trained here: write calls and their results into the text of messages"
+_NO_SOUND = "sound is not read: leave the sample out"
+_NO_PAIRS = "pairs are not trained here: keep the answer that is to be learned, as a message"
+_NO_REASONING = "reasoning is not trained here: leave it out, or make it part of content"
+REFUSED_IN_RECORDS = {
+    **dict.fromkeys(("tools", "functions"), _NO_TOOLS),
+    **dict.fromkeys(("audio", "audios"), _NO_SOUND),
+    **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), _NO_PAIRS),
+    "objects": "boxes are read from the text alone: write them there, as convert_box in "
+    "util/model/families.py makes them",
+    "history": "earlier turns belong into the list of messages",
+}
+REFUSED_IN_MESSAGES = {
+    **dict.fromkeys(("tool_calls", "function_call", "tool_call_id"), _NO_TOOLS),
+    **dict.fromkeys(("audio", "audios"), _NO_SOUND),
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _NO_REASONING),
+}
+
+
+def is_empty(value) -> bool:
+    """Return whether a key with this value is as good as none: rows of Arrow carry every key."""
+    return value is None or value in ("", [], {})
+
+
+def refuse_keys(owner: dict, refused: dict[str, str], where: str = "") -> None:
+    """Raise ValueError where `owner` has a key that is refused, saying what to do."""
+    for key, advice in refused.items():
+        if not is_empty(owner.get(key)):
+            raise ValueError(f'{where}has a key "{key}": {advice}')
+
+
+def ignored_keys(record) -> Iterator[str]:
+    """Yield the keys of a record that are not read, as "id" and "message.name"."""
+    record = record if isinstance(record, dict) else {}
+    yield from (key for key in record if key not in RECORD_KEYS and not is_empty(record[key]))
+    for name in ("messages", "conversations"):
+        turns = record.get(name)
+        for turn in turns if isinstance(turns, list) else ():
+            for key in turn if isinstance(turn, dict) else ():
+                if key not in MESSAGE_KEYS and not is_empty(turn[key]):
+                    yield f"message.{key}"
+
+
+def is_trained(message: dict, where: str) -> bool:
+    """Return what "loss" (of ms-swift) or "weight" (of OpenAI) say of a message.
+
+    Raises ValueError where they say anything but yes or no.
+    """
+    told = {key: message[key] for key in ("loss", "weight") if message.get(key) is not None}
+    for key, value in told.items():
+        if value not in (True, False) or isinstance(value, str):
+            raise ValueError(f'{where}: "{key}": {value!r}: must be true or false, 1 or 0')
+    if len({bool(value) for value in told.values()}) > 1:
+        raise ValueError(f'{where}: "loss" and "weight" contradict each other')
+    return all(told.values())
