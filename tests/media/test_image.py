@@ -77,6 +77,9 @@ def test_modes_are_converted_properly():
             assert np.array_equal(decode(zoo.encode_image(pixels, form)), expected)
     pgm = b"P5 60 40 65535 " + wide.astype(">u2").tobytes()
     assert np.array_equal(decode(pgm), expected)
+    inverted = io.BytesIO()
+    Image.fromarray(65535 - wide).save(inverted, "TIFF", tiffinfo={262: 0})
+    assert np.array_equal(decode(inverted.getvalue()), expected)
     colours = Image.fromarray(zoo.smooth(40, 60))
     for form, least in (("JPEG", 30), ("TIFF", 60)):
         content = zoo.encode_image(colours.convert("CMYK"), form)
@@ -93,3 +96,11 @@ def test_the_first_frame_of_an_animation_is_the_picture():
         options = {"lossless": True} if form == "WEBP" else {}
         content = zoo.encode_image(first, form, save_all=True, append_images=[second], **options)
         assert decode(content)[15, 20].tolist() == [255, 0, 0]
+
+
+def test_signed_pixels_are_named():
+    signed = Image.frombytes("I;16", (60, 40), np.arange(2400, dtype="<i2").tobytes())
+    content = io.BytesIO()
+    signed.save(content, "TIFF", tiffinfo={339: 2})
+    with pytest.raises(ValueError, match="signed pixels have no fixed range: store them as 8 bits"):
+        image_size(content)

@@ -22,6 +22,9 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # Where a PNG can say how it is turned: its own chunk, as ImageMagick writes it, as Adobe does.
 PNG_EXIF_KEYS = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
 
+# Tags of TIFF, and a value of the second. Source: TIFF 6.0.
+SAMPLE_FORMAT, PHOTOMETRIC, WHITE_IS_ZERO = 339, 262, 0
+
 
 def open_image(source: str | BytesIO | Image.Image):
     """Return a picture as a context manager that closes what it opened; its header is read."""
@@ -35,6 +38,8 @@ def open_image(source: str | BytesIO | Image.Image):
         raise ValueError(f"{pixels:,} pixels, over {MAX_PIXELS:,}: resize the file") from error
     except UnidentifiedImageError as error:
         raise ValueError(_why_unknown(source)) from error
+    if image.format == "TIFF" and image.mode == "I" and 2 in image.tag_v2.get(SAMPLE_FORMAT, ()):
+        raise ValueError("signed pixels have no fixed range: store them as 8 bits")
     if image.mode == "F":
         raise ValueError("pixels in floating point have no fixed range: store them as 8 bits")
     return image
@@ -74,10 +79,15 @@ def _orientation(image: Image.Image) -> int:
 def read_image(source: str | BytesIO | Image.Image) -> torch.Tensor:
     """Decode a picture to (3, height, width) uint8 RGB, upright, alpha over white."""
     with open_image(source) as image:
+        # Pillow turns these over at up to 8 bits only.
+        is_inverted = image.format == "TIFF" and image.mode.startswith("I;16")
+        is_inverted = is_inverted and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
         if _orientation(image) != 1:
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits: convert("RGB") would clip instead of scaling
             pixels = np.asarray(image)
+            if is_inverted:
+                pixels = 65535 - pixels
             # Pillow opens 16-bit PGM as mode I too; of 32 bits, nobody knows what is white.
             if image.mode == "I" and not (pixels.min() >= 0 and 256 <= pixels.max() < 65536):
                 raise ValueError("pixels of 32 bits have no fixed range: store them as 8 bits")
