@@ -273,13 +273,20 @@ def frame_indices(item: dict, reader: VideoReader, policy: PixelPolicy) -> list[
     """Return which frames of a clip to take: evenly spread over its time, or the item's part of it.
 
     Source: `calculate_video_frame_range` of qwen-vl-utils and what its readers do with it, with
-    the times of the frames in place of their numbers; on a constant rate both are the same.
+    the times of the frames in place of their numbers; on a constant rate both are the same. Where
+    a frame stays longer than that, as in screen recordings, it is taken for as long as it stays.
     """
     seconds, inside = reader.seconds, _frames_inside(item, reader)
     num_frames = policy.num_frames(len(inside), reader.fps, **_keys(item, NUM_FRAMES_KEYS))
     times = np.linspace(seconds[inside[0]], seconds[inside[-1]], num_frames)
     # Rounded twice, as numbers half way between two frames carry the noise of floating point.
-    return np.interp(times, seconds[inside], inside).round(4).round().astype(int).tolist()
+    nearest = np.interp(times, seconds[inside], inside).round(4).round().astype(int)
+    # Half a millisecond more, as some containers round to milliseconds; gaps by two at most.
+    on_screen = inside[np.searchsorted(seconds[inside], times + 5e-4, "right") - 1]
+    gaps = np.diff(seconds, append=seconds[-1])
+    period = gaps[:-1].min(initial=math.inf)
+    stays = gaps[on_screen] > max(1.5 * period, period + 2e-3)
+    return np.where(stays, on_screen, nearest).tolist()
 
 
 def _frames_inside(item: dict, reader: VideoReader) -> np.ndarray:

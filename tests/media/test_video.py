@@ -4,6 +4,7 @@ import io
 import operator
 import os
 import random
+from fractions import Fraction
 from types import SimpleNamespace
 from unittest import mock
 
@@ -20,7 +21,14 @@ from util.media import video_reader
 from util.media.image import read_image
 from util.media.source import resolve
 from util.media.video_reader import VideoReader, how_it_is_shown
-from util.vision_util import clip_metadata, frame_indices, load_frames, load_media, probe_media
+from util.vision_util import (
+    PixelPolicy,
+    clip_metadata,
+    frame_indices,
+    load_frames,
+    load_media,
+    probe_media,
+)
 
 PHOTOS = sorted([*REPO.glob("train_data/*.jpg"), *REPO.glob("test_data/*.jpg")])
 
@@ -130,11 +138,101 @@ def test_frames_are_found_by_their_times(clips):
         assert reader.index_at(-1.0) == 0 and reader.index_at(10**6) == len(reader) - 1
         at_times = reader.get_frames_at([seconds[7], seconds[20]], 28, 28)
         assert torch.equal(at_times, reader.get_frames_at([7, 20], 28, 28))
-        # Evenly spread over time, not over numbers of frames.
+        # Evenly spread over time, not over numbers of frames; where a frame stays for longer than
+        # the 1/25 s of a frame, none from the future.
         indices = frame_indices({"nframes": 6}, reader, POLICY)
         wanted = np.linspace(0, seconds[-1], 6)
-        nearest = [int(np.abs(reader.seconds - t).argmin()) for t in wanted]
-        assert indices == nearest != np.linspace(0, len(reader) - 1, 6).round().tolist()
+        assert indices != np.linspace(0, len(reader) - 1, 6).round().tolist()
+        for i, time in zip(indices, wanted):
+            short = i == len(reader) - 1 or seconds[i] - seconds[i - 1] < 0.05
+            assert i == reader.index_at(time) or (short and abs(seconds[i] - time) <= 0.02)
+
+
+@pytest.mark.parametrize(
+    "milliseconds", [(0, 40, 80, 9_000, 9_040), (0, 33, 67, 100, 5_100, 5_133)]
+)
+def test_a_frame_that_stays_is_taken_for_as_long_as_it_stays(milliseconds):
+    seconds = np.array(milliseconds) / 1000
+    last = len(seconds) - 1
+    reader = SimpleNamespace(seconds=seconds, fps=last / seconds[-1])
+    long = int(np.diff(seconds).argmax())
+    assert frame_indices({"nframes": 4}, reader, POLICY) == [0, long, long, last]
+    # A constant rate, rounded to milliseconds, keeps the nearest frame, as qwen-vl-utils does.
+    for rate in (0.5, 24000 / 1001, 25, 30, 60, 240):
+        even = SimpleNamespace(seconds=(np.arange(100) / rate).round(3), fps=rate)
+        times = np.linspace(0, even.seconds[-1], 36)
+        nearest = np.interp(times, even.seconds, range(100)).round(4).round()
+        assert frame_indices({"nframes": 36}, even, POLICY) == nearest.tolist(), rate
+
+
+def test_transparent_clips_are_composed_over_white(tmp_path):
+    pixels = np.zeros((48, 64, 4), np.uint8)
+    pixels[..., 0], pixels[:24, :, 3], pixels[24:, 32:, 3] = 200, 255, 128
+    kinds = [("a.mov", "qtrle", "argb"), ("a.apng", "apng", "rgba"), ("b.mkv", "ffv1", "yuva444p")]
+    kinds.append(("c.mov", "prores_ks", "yuva444p10le"))
+    for name, codec, pix_fmt in kinds:
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream(codec, rate=5)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, pix_fmt
+            for _ in range(2):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgba")))
+            container.mux(stream.encode())
+        with VideoReader(str(tmp_path / name)) as reader:
+            got = hwc(reader.get_frames_at([1])[0]).astype(int)
+        for where, expected in {
+            (10, 32): (200, 0, 0),
+            (40, 10): (255, 255, 255),
+            (40, 54): (227, 127, 127),
+        }.items():
+            assert np.abs(got[where] - expected).max() <= 6, (name, where, got[where])
+
+
+@pytest.mark.parametrize("rotation, size", [(0, (96, 192)), (90, (192, 96))])
+def test_pixels_that_are_not_square_are_shown_stretched(tmp_path, rotation, size):
+    path = str(tmp_path / "a.mp4")
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 144, 96, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+        stream.set_display_rotation(rotation)
+        for i in range(2):
+            pixels = zoo.clip_frame(i, 96, 144)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
+        container.mux(stream.encode())
+    with VideoReader(path) as reader:
+        assert reader.size == size == reader.get_frames_at([0]).shape[-2:]
+        policy = PixelPolicy(**{**vars(POLICY), "video_max_pixels": 10**6})
+        _, h, w = probe_media({"type": "video", "video": path}, policy).grid
+        assert (h > w) == (rotation == 90) and max(h, w) / min(h, w) == pytest.approx(2, rel=0.1)
+
+
+def test_the_stream_that_is_meant_is_read(tmp_path):
+    path = str(tmp_path / "a.mkv")
+    with av.open(path, "w") as container:
+        streams = []
+        for width in (40, 160, 144):
+            streams.append(container.add_stream("libx264", rate=25))
+            streams[-1].width, streams[-1].height, streams[-1].pix_fmt = width, 96, "yuv420p"
+        for stream in streams:
+            pixels = zoo.clip_frame(0, 96, stream.width)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
+        for stream in streams:
+            container.mux(stream.encode())
+    # A thumbnail comes first.
+    with VideoReader(path) as reader:
+        assert reader.size == (96, 160) and len(reader) == 1
+
+    def stream(width, disposition):
+        return SimpleNamespace(width=width, height=100, disposition=disposition)
+
+    default, cover, timed, still = 0x1, 0x400, 0x800, 0x100000
+    small, large = stream(100, default), stream(150, 0)
+    assert video_reader.choose_stream([large, small]) is small
+    assert video_reader.choose_stream([stream(20, default), large]) is large
+    others = [stream(900, kind | default) for kind in (cover, timed, still)]
+    assert video_reader.choose_stream([*others, small]) is small
+    with pytest.raises(ValueError, match="the file has no video stream"):
+        video_reader.choose_stream(others)
 
 
 def test_frames_are_numbered_as_at_a_constant_rate(clips):

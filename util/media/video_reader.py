@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -29,7 +29,8 @@ FORMATS = (
     "ivf,ogg,asf,mxf,gxf,dv,rm,nut,wtv,yuv4mpegpipe,mjpeg,gif,apng,webp,jpegxl_anim,avif"
 )
 MAX_FRAME_PIXELS = 8192 * 4352  # 8K; a decoder may hold 16 frames of up to 6 bytes a pixel
-ATTACHED_PICTURE = 1024  # a cover, not a video. Source: AV_DISPOSITION_ATTACHED_PIC, avformat.h
+# Streams that are no video: covers, thumbnails, stills. Source: AV_DISPOSITION_* in avformat.h.
+DEFAULT_STREAM, NO_VIDEO = 0x1, 0x400 | 0x800 | 0x100000
 
 
 def declared_length(start: bytes) -> int | None:
@@ -72,6 +73,33 @@ def how_it_is_shown(frame: av.VideoFrame) -> tuple[int, bool]:
     is_mirrored = a * d < b * c
     angle = math.degrees(math.atan2(b, -a if is_mirrored else a))
     return round(-angle / 90) % 4, is_mirrored
+
+
+def over_white(frame: av.VideoFrame) -> av.VideoFrame:
+    """Return a frame composed over white where it is transparent, as pictures are."""
+    if not any(component.is_alpha for component in frame.format.components):
+        return frame
+    pixels = frame.reformat(format="rgba", interpolation=INTERPOLATION).to_ndarray()
+    rgb, alpha = pixels[..., :3].astype(np.uint16), pixels[..., 3:]
+    if alpha.min() == 255:
+        return frame
+    rgb = (rgb * alpha + 255 * (255 - alpha.astype(np.uint16)) + 127) // 255
+    return av.VideoFrame.from_ndarray(rgb.astype(np.uint8), "rgb24")
+
+
+def choose_stream(streams: Sequence) -> av.VideoStream:
+    """Return the video stream that is meant: the default one, of those that are not far smaller.
+
+    Of several that are equal in this, the largest, then the first. Raises ValueError where all are
+    covers or there is none.
+    """
+    videos = [s for s in streams if not s.disposition & NO_VIDEO]
+    if not videos:
+        raise ValueError("the file has no video stream")
+    # A muxer marks its first stream as default, even where that is a thumbnail.
+    largest = max(s.width * s.height for s in videos)
+    large = [s for s in videos if s.width * s.height * 4 >= largest]
+    return max(large, key=lambda s: (bool(s.disposition & DEFAULT_STREAM), s.width * s.height))
 
 
 class VideoReader:
@@ -132,10 +160,7 @@ class VideoReader:
                 "it is no whole file of a format that is opened as video (mp4, mov, mkv, webm, "
                 "avi, ts, mpg, flv, wmv, gif and the like): convert it to mp4"
             ) from error
-        streams = self._container.streams.video
-        self._stream = next((s for s in streams if not s.disposition & ATTACHED_PICTURE), None)
-        if self._stream is None:
-            raise ValueError("the file has no video stream")
+        self._stream = choose_stream(self._container.streams.video)
         self._decoder = self._stream.codec_context
         width, height = self._decoder.width, self._decoder.height
         if width * height > MAX_FRAME_PIXELS:
@@ -183,8 +208,9 @@ class VideoReader:
                 f"the file is cut off: {num_packets} of {len(self._stream.index_entries)} frames"
             )
         self._quarter_turns, self._is_mirrored = how_it_is_shown(first)
-        turned = self._quarter_turns % 2
-        self.size = (first.width, first.height) if turned else (first.height, first.width)
+        # Pixels that are not square (DVD, HDV, old phones) are shown stretched.
+        width = max(1, round(first.width * (self._stream.sample_aspect_ratio or 1)))
+        self.size = (width, first.height) if self._quarter_turns % 2 else (first.height, width)
         self._set_times(packets, first.pts)
 
     def _set_times(self, packets: list[tuple], first_pts: int | None) -> None:
@@ -322,7 +348,7 @@ class VideoReader:
         # take it a third of the time of rgb24, and are the same but for a rare rounding.
         if self._quarter_turns % 2:
             height, width = width, height
-        threads = self._num_threads
+        threads, frame = self._num_threads, over_white(frame)
         gbr = frame.reformat(width, height, "gbrp", interpolation=INTERPOLATION, threads=threads)
         planes = (
             np.frombuffer(plane, np.uint8).reshape(height, -1)[:, :width] for plane in gbr.planes
