@@ -125,6 +125,7 @@ def _end_for(silent: dict[int, bytes], own: str) -> None:
         )
     except UserError as error:
         record_failure(error)
+    time.sleep(2)  # the launcher tells who was first to fail, in whole seconds
     host, separator, _ = own.rpartition(" ")
     for place in places.values():
         if place.startswith(host + separator):

@@ -320,7 +320,7 @@ def test_answers_are_those_of_plain_transformers(run):
         inputs = plain_inputs(run, messages, add_generation_prompt=True)
         output = model.generate(**inputs, do_sample=False, max_new_tokens=12)
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
-        assert run.processor.batch_decode(new_tokens, skip_special_tokens=True) == [answer]
+        assert run.encoder.decode_answer(new_tokens[0].tolist()) == answer
 
 
 def test_a_run_from_the_flags_to_the_answers(run, family_data, tmp_path, capsys):
