@@ -71,8 +71,9 @@ def test_a_missing_package_is_an_error_before_anything_is_made(train, tmp_path, 
 
 
 @pytest.mark.parametrize("when", ["init", "log"])
-def test_a_package_that_fails_ends_no_run(train, tmp_path, monkeypatch, caplog, when):
-    fails = "    raise ConnectionError('no network')\n"
+@pytest.mark.parametrize("fails", ["raise ConnectionError('no network')", "raise SystemExit(1)"])
+def test_a_package_that_fails_ends_no_run(train, tmp_path, monkeypatch, caplog, when, fails):
+    fails = f"    {fails}\n"
     functions = {"init": "    pass\n", "log": "    pass\n", when: fails}
     (tmp_path / "trackio.py").write_text(
         "".join(f"def {name}(*args, **more):\n{body}" for name, body in functions.items())

@@ -166,7 +166,10 @@ def test_a_folder_belongs_to_one_run_as_long_as_that_goes_on(tmp_path):
     assert (tmp_path / "out" / survive.CLAIM_FILE).exists()
     open_output_dir(config, CPU, tmp_path / "out" / "checkpoint-1")
     shutil.rmtree(tmp_path / "out")
-    open_in_another_process(tmp_path).communicate("\n")
+    # Where nothing was written, as where the data are wrong, nothing is left.
+    (tmp_path / "out").mkdir()
+    open_in_another_process(tmp_path / "out").communicate("\n")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("is_alive", [True, False])
