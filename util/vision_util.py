@@ -315,7 +315,15 @@ def clip_metadata(item: dict, reader: VideoReader, indices: list[int]) -> VideoM
 
 
 def list_metadata(item: dict, num_frames: int, policy: PixelPolicy) -> VideoMetadata:
-    """Return when the frames of a list are shown: `fps` of the item, or --video_fps, a second."""
+    """Return when the frames of a list are shown, as frame numbers at a constant rate.
+
+    By the item's `timestamps`, or `fps` of the item, or --video_fps.
+    """
+    if times := item.get("timestamps"):
+        times = [*times, times[-1]][:num_frames]  # an odd list has its last frame twice
+        spread = times[-1] - times[0]
+        fps = (len(item["timestamps"]) - 1) / spread if spread else 1.0
+        return VideoMetadata(num_frames, fps, frames_indices=[time * fps for time in times])
     fps = item.get("fps", policy.video_fps)
     return VideoMetadata(num_frames, fps, frames_indices=list(range(num_frames)))
 

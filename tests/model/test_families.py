@@ -310,6 +310,22 @@ def test_saved_processor_resizes_as_training_did(run, tmp_path):
             assert tuple(made["video_grid_thw"][0].tolist()) == policy.grid(num_frames, *size)
 
 
+def test_a_list_of_frames_has_times_of_its_own(run, tmp_path):
+    frames = [make_image(tmp_path / f"{i}.png", 56, 56, i) for i in range(4)]
+    item = video(frames) | {"timestamps": [0.0, 1.0, 6, 8.0]}
+    record = {"messages": [user(item, text("?")), assistant("x")]}
+    sample = run.encoder.encode(record)
+    assert run.encoder.measure(record)[0] == len(sample.input_ids)
+    shown = run.encoder.tokenizer.decode(sample.input_ids)
+    is_clip = sample.input_ids == run.encoder.video_token_id
+    steps = sample.position_ids[0][is_clip].unique().diff().tolist()
+    if run.family == "qwen3_vl":
+        assert "<0.5 seconds>" in shown and "<7.0 seconds>" in shown
+    else:
+        # Two pictures in each of 16 / 3 seconds; Qwen2.5-VL, here, counts two positions a second.
+        assert steps == {"qwen2_vl": [1], "qwen2_5_vl": [10]}[run.family]
+
+
 def test_answers_are_those_of_plain_transformers(run):
     """With the same frames: text, pictures and clips in one batch, against each by itself."""
     conversations = [run.encoder.prepare(record)[:-1] for record in run.records]

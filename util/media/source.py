@@ -9,6 +9,7 @@ VIDEO_KEYS, as in qwen-vl-utils.
 import base64
 import binascii
 import ipaddress
+import itertools
 import math
 import os
 import queue
@@ -45,7 +46,9 @@ def check_media_item(item: dict) -> None:
         also = ", or a list of pictures" if kind == "video" else ""
         raise ValueError(f'an item of type {kind} needs a string "{kind}"{also}')
     keys = IMAGE_KEYS if kind == "image" else VIDEO_KEYS
-    for key in item.keys() - {"type", kind}:
+    if "timestamps" in item:
+        _check_times(item, frames if frames is source else None)
+    for key in item.keys() - {"type", kind, "timestamps"}:
         value = item[key]
         if key not in keys:
             raise ValueError(f"unknown key {key!r}: an item of type {kind} takes {', '.join(keys)}")
@@ -64,6 +67,17 @@ def check_media_item(item: dict) -> None:
         raise ValueError("min_frames is above max_frames")
     if ("resized_height" in item) != ("resized_width" in item):
         raise ValueError("resized_height and resized_width go together")
+
+
+def _check_times(item: dict, frames: list | None) -> None:
+    times = item["timestamps"]
+    if frames is None or "fps" in item:
+        raise ValueError("timestamps: go with a list of frames, and without fps")
+    kinds = {type(time) for time in times} if isinstance(times, list) else {None}
+    is_right = kinds <= {int, float} and len(times) == len(frames)
+    is_right = is_right and all(0 <= time < 1e12 for time in times)
+    if not is_right or any(a >= b for a, b in itertools.pairwise(times)):
+        raise ValueError("timestamps: must be a list of ascending seconds, one for each frame")
 
 
 def map_paths(function, source):
