@@ -123,6 +123,7 @@ MORE_FAULTS = [
     (talk(user("a") | {"images": ["a.png"]}), 'message 0: has a key "image"'),
     (turns("<image>", images=[text("a")]), "lists an item of type 'text'"),
     (turns("<image>", image={"file": "a.png"}), "message 0: an item of type image needs a string"),
+    (turns("<image>", images={}), "message 0: an item of type image needs a string"),
     (clip("a.mp4", speed=1), "unknown key 'speed'"),
     (clip("a.mp4", timestamps=[0]), "timestamps: go with a list of frames"),
     (

@@ -171,7 +171,10 @@ def _parse_message(i: int, message) -> dict:
             )
     refuse_keys(message, REFUSED_IN_MESSAGES, f"message {i}: ")
     if isinstance(content, list):
-        content = [_parse_item(f"message {i}, item {k}", item) for k, item in enumerate(content)]
+        content = [
+            _parse_item(f"message {i}, item {k}", item, may_be_empty=True)
+            for k, item in enumerate(content)
+        ]
     elif not isinstance(content, str):
         raise ValueError(f"message {i}: content must be a string or a list")
     parsed = {"role": role, "content": content}
@@ -187,7 +190,7 @@ def _parse_message(i: int, message) -> dict:
     return parsed
 
 
-def _parse_item(where: str, item) -> dict:
+def _parse_item(where: str, item, may_be_empty: bool = False) -> dict:
     # Rows that passed through Arrow carry every key of every item, with null where there is none.
     item = {k: v for k, v in item.items() if v is not None} if isinstance(item, dict) else {}
     kind = item.get("type")
@@ -197,7 +200,7 @@ def _parse_item(where: str, item) -> dict:
     if kind not in ("text", *MEDIA_TYPES):
         raise ValueError(f"{where}: unknown type {kind!r}: use text, image or video")
     if kind in MEDIA_TYPES:
-        if set(item) == {"type"}:
+        if may_be_empty and set(item) == {"type"}:
             return item  # for the next one of the record's list
         item[kind] = _unwrap(item.get(kind))
         _check_media(where, item)

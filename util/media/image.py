@@ -22,8 +22,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # Where a PNG can say how it is turned: its own chunk, as ImageMagick writes it, as Adobe does.
 PNG_EXIF_KEYS = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
 
-# Tags of TIFF, and a value of the second. Source: TIFF 6.0.
-SAMPLE_FORMAT, PHOTOMETRIC, WHITE_IS_ZERO = 339, 262, 0
+# Tags of TIFF, and a value of the last. Source: TIFF 6.0.
+BITS_PER_SAMPLE, SAMPLE_FORMAT, PHOTOMETRIC, WHITE_IS_ZERO = 258, 339, 262, 0
 
 
 def open_image(source: str | BytesIO | Image.Image):
@@ -38,7 +38,7 @@ def open_image(source: str | BytesIO | Image.Image):
         raise ValueError(f"{pixels:,} pixels, over {MAX_PIXELS:,}: resize the file") from error
     except UnidentifiedImageError as error:
         raise ValueError(_why_unknown(source)) from error
-    if image.format == "TIFF" and image.mode == "I" and 2 in image.tag_v2.get(SAMPLE_FORMAT, ()):
+    if image.format == "TIFF" and image.mode == "I" and 16 in image.tag_v2.get(BITS_PER_SAMPLE, ()):
         raise ValueError("signed pixels have no fixed range: store them as 8 bits")
     if image.mode == "F":
         raise ValueError("pixels in floating point have no fixed range: store them as 8 bits")
