@@ -23,6 +23,7 @@ import torch
 
 import finetune_distributed
 from util import checkpoint, distributed, run
+from util import output_dir as output_dir_module
 from util.config import UserError
 from util.data import index as index_module
 from util.data import plan as plan_module
@@ -120,7 +121,7 @@ def apart():
     """Go on in a folder of this rank's own, as on a machine of its own."""
     (FOLDER / f"machine-{RANK}").mkdir()
     os.chdir(FOLDER / f"machine-{RANK}")
-    run.SHARED_FOLDER_SECONDS = 1
+    output_dir_module.SHARED_FOLDER_SECONDS = 1
 
 
 def fail():

@@ -24,7 +24,8 @@ from util.config import UserError
 from util.model import load
 from util.model.loss import cross_entropy_sum
 from util.optim import parameter_groups
-from util.run import EXIT_STOPPED, StopSignal, open_output_dir
+from util.output_dir import open_output_dir
+from util.run import EXIT_STOPPED, StopSignal
 
 FLAGS = {"batch_size": 8, "learning_rate": 1e-3, "num_epochs": 5, "num_workers": 0}
 WHOLE = {"max_tokens": 10**6}  # one micro-batch a step

@@ -14,6 +14,7 @@ FLOORS = [
     {"util", "util.check_requirements", "util.config"},
     {"util.survive"},
     {"util.run"},
+    {"util.output_dir"},
     {"util.media"},
     {"util.vision_util"},
     {"util.data"},

@@ -24,7 +24,8 @@ from helpers import (
 )
 from util import survive
 from util.config import UserError, parse_config
-from util.run import EXIT_STOPPED, open_output_dir
+from util.output_dir import open_output_dir
+from util.run import EXIT_STOPPED
 
 FLAGS = ("--model_name_or_path", "tiny", "--device", "cpu", "--num_workers", "1")
 SCRIPT = (sys.executable, "finetune.py", *FLAGS)

@@ -38,7 +38,8 @@ from util.data.batch import PlannedData
 from util.logutil import log_left_out, plot_loss, setup_logging, versions
 from util.model.load import export_model
 from util.optim import moment_bytes
-from util.run import is_main_process, on_main_process, open_output_dir
+from util.output_dir import open_output_dir
+from util.run import is_main_process, on_main_process
 from util.shards import ShardPlanner, ShardReader, ShardWriter, read_index
 from util.survive import release
 

@@ -9,6 +9,7 @@ from itertools import islice
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from util.config import UserError
@@ -17,7 +18,7 @@ from util.data.index import CACHE_DIR, Index, build_index, check_lengths, raise_
 from util.data.plan import Plan, Step
 from util.data.sample import IGNORE, Sample, SampleEncoder
 from util.data.workers import read_in_time, worker_settings
-from util.run import gather_object, on_main_process, rank, world_size
+from util.run import on_main_process, rank, world_size
 
 # ---------------------------------------------------------------- micro-batches
 
