@@ -148,8 +148,8 @@ def _is_stored(value) -> bool:
 
 def _unwrap(value):
     """Return the path, address or data URL in what OpenAI and Hugging Face wrap it in."""
-    if isinstance(value, dict) and isinstance(value.get("url"), str):
-        return value["url"]
+    if isinstance(value, dict) and {"url"} <= set(value) <= {"url", "detail"}:
+        return value["url"]  # the detail is for --max_pixels to say
     if not _is_stored(value):
         return value
     return value["path"] if value.get("bytes") is None else value["bytes"]
@@ -194,9 +194,9 @@ def _parse_item(where: str, item, may_be_empty: bool = False) -> dict:
     # Rows that passed through Arrow carry every key of every item, with null where there is none.
     item = {k: v for k, v in item.items() if v is not None} if isinstance(item, dict) else {}
     kind = item.get("type")
-    if kind in ("image_url", "video_url"):  # of OpenAI; its "detail" is for --max_pixels to say
-        kind = kind.removesuffix("_url")
-        item = {"type": kind, kind: item.get(f"{kind}_url")}
+    if kind in ("image_url", "video_url"):  # of OpenAI
+        url, kind = item.pop(kind, None), kind.removesuffix("_url")
+        item |= {"type": kind, kind: url}
     if kind not in ("text", *MEDIA_TYPES):
         raise ValueError(f"{where}: unknown type {kind!r}: use text, image or video")
     if kind in MEDIA_TYPES:
