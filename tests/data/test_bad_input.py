@@ -25,6 +25,7 @@ from helpers import (
     tiny_config,
     undamaged_steps,
     user,
+    video,
     write_data,
 )
 from util.config import UserError
@@ -370,6 +371,7 @@ STARTS = {
     "a PDF document": b"%PDF-1.7\n",
     "git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
     "a web page": b"\n<!DOCTYPE html><html>",
+    "XML": b"<?xml version='1.0'?><svg>",
     "a HEIC picture": b"\0\0\0\x18ftypheic",
     "a Parquet file": b"PAR1\x15\0",
     "an Arrow file": b"ARROW1\0\0",
@@ -380,10 +382,11 @@ STARTS = {
 
 @pytest.mark.parametrize("words", STARTS)
 def test_a_file_that_is_not_what_its_name_says_is_named(run_main, tmp_path, words):
-    for name in ("a.jpg", "a.json", "a.jsonl"):
+    for name in ("a.jpg", "a.mp4", "a.json", "a.jsonl"):
         (tmp_path / name).write_bytes(STARTS[words] + bytes(99))
-    data = write_data(tmp_path / "d.json", [[user(image("a.jpg")), assistant("x")]])
-    has(fails(run_main, "--train_data", data), "sample 0: message 0", "a.jpg", words)
+    for name, item in (("a.jpg", image("a.jpg")), ("a.mp4", video("a.mp4"))):
+        data = write_data(tmp_path / "d.json", [[user(item), assistant("x")]])
+        has(fails(run_main, "--train_data", data), "sample 0: message 0", name, words)
     for name in ("a.json", "a.jsonl"):
         has(fails(run_main, "--train_data", tmp_path / name), f"{name}: is ", words, "JSONL")
 

@@ -119,7 +119,8 @@ def check_local_file(path: str) -> None:
 FIRST_BYTES = {
     rb"%PDF": "a PDF document: export its pages as pictures",
     rb"version https://git-lfs": "a pointer of Git LFS: `git lfs pull` fetches the file itself",
-    rb"(?i)\s*<(!doctype|html|\?xml)": "a web page, as servers send for a file: fetch it anew",
+    rb"(?i)\s*<(!doctype html|html)": "a web page, as servers send for a file: fetch it anew",
+    rb"\s*<(\?xml|svg)": "XML: convert a drawing (SVG) to PNG, fetch anew what a server refused",
     rb"....ftyp(heic|heix|mif1|msf1)": "a HEIC picture: convert it to JPEG",
     rb"PAR1": "a Parquet file: datasets.Dataset.from_parquet(FILE).to_json('data.jsonl') "
     "converts it",

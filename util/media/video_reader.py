@@ -15,6 +15,8 @@ import torch
 from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import Interpolation
 
+from util.media.source import what_it_is
+
 # Codecs in which decoding can begin at every packet that is marked as a key frame, and those of
 # them whose decoders can be told to leave out frames that no other frame refers to. Both are
 # checked frame by frame, for every container, in tests/media/test_video.py.
@@ -156,6 +158,8 @@ class VideoReader:
         try:
             self._container = av.open(source, metadata_errors="ignore", options=options)
         except (av.error.ArgumentError, av.error.InvalidDataError) as error:
+            if kind := what_it_is(self._start):
+                raise ValueError(f"it is {kind}") from error
             raise ValueError(
                 "it is no whole file of a format that is opened as video (mp4, mov, mkv, webm, "
                 "avi, ts, mpg, flv, wmv, gif and the like): convert it to mp4"
@@ -178,7 +182,7 @@ class VideoReader:
             if isinstance(file, str):
                 file = stack.enter_context(open(file, "rb"))
             file.seek(0)
-            start = file.read(256)
+            self._start = start = file.read(256)
             length = file.seek(0, os.SEEK_END)
             file.seek(max(0, length - 64))
             end = file.read().rstrip(b"\0")
