@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -55,11 +56,11 @@ def outlive_the_terminal() -> None:
 
 
 @contextmanager
-def time_limit(seconds: float, problem: str):
-    """Raise UserError(problem) where Python code takes longer; only in a main thread."""
+def time_limit(seconds: float, problem: Callable[[], str]):
+    """Raise UserError(problem()) where Python code takes longer; only in a main thread."""
 
     def end(number, frame):
-        raise UserError(problem)
+        raise UserError(problem())
 
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -195,7 +195,6 @@ def held_out_loss(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("precision", ["bf16", "bf16_lean"])
 def test_200_steps_end_near_those_of_fp32(held_out_loss, precision):
     assert held_out_loss(precision) == pytest.approx(held_out_loss("fp32"), rel=0.01)

@@ -8,7 +8,6 @@ from helpers import run_script
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 def test_a_model_from_random_weights_learns_to_see(tmp_path):
     """It checks itself that nothing held out is trained on."""
     flags = ("--output_dir", tmp_path, "--num_train", 9600, "--num_held_out", 500)

@@ -29,6 +29,7 @@ class Records:
 
     def __init__(self, names: list[str]):
         self.files = [_open_file(*_split_rate(name)) for name in names]
+        self._digest = None
         self._ends = np.cumsum([len(file.starts) for file in self.files])
 
     def __len__(self):
@@ -69,12 +70,20 @@ class Records:
 
         Raises DataHaveChanged where a file is not what it was when it was opened.
         """
+        if self._digest:
+            return self._digest  # to read a large file takes its time
         key = hashlib.sha256()
         for file in self.files:
             for start in range(0, file.num_bytes, 1 << 24):
                 key.update(file.read(start, min(start + (1 << 24), file.num_bytes)))
             key.update(file.starts.tobytes())
-        return key.hexdigest()
+        self._digest = key.hexdigest()
+        return self._digest
+
+    def refuse_changes(self) -> None:
+        """Raise DataHaveChanged where a file is not what it was when it was opened."""
+        for file in self.files:
+            file.read(0, 0)
 
     def groups(self) -> list[tuple[int, int, float]]:
         """Return (first, last, rate) of each file; record number `last` is the next file's."""

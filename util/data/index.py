@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from util.config import UserError
-from util.data.files import DataHaveChanged, Records
+from util.data.files import Records
 from util.data.sample import SampleEncoder
 from util.data.workers import run_all
 
@@ -101,8 +101,6 @@ def decode_all(records: Records, index: Index, max_tokens: int, encoder) -> list
 def _measure(encoder: SampleEncoder, records: Records, i: int) -> tuple | str:
     try:
         return encoder.measure(records[i], records.folder(i))
-    except DataHaveChanged:
-        return "cannot be read any more"  # which the next look at the whole file tells
     except ValueError as error:
         return str(error)
 

@@ -85,8 +85,8 @@ class SampleEncoder:
 
         Raises UserError where the template does not end: it is a program, of whoever wrote it.
         """
-        problem = f"the chat template of {self.tokenizer.name_or_path} does not end"
-        with time_limit(RENDER_SECONDS, problem):
+        name = self.tokenizer.name_or_path
+        with time_limit(RENDER_SECONDS, lambda: f"the chat template of {name} does not end"):
             return self.tokenizer.apply_chat_template(
                 messages,
                 chat_template=self.chat_template,

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -56,13 +57,8 @@ def read_in_time(loader: DataLoader, batches: Iterable[list[int]], records: Reco
         # while it trains or saves. Without its handler, it raises where data are waited for.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for batch in batches:
-        samples = ", ".join(map(records.where, batch))
         if loader.num_workers:
-            limit = time_limit(
-                READ_SECONDS,
-                f"not read within {READ_SECONDS / 60:g} minutes: {samples}. check_data.py --show N "
-                "tries one: leave out the one that does not end",
-            )
+            limit = time_limit(READ_SECONDS, partial(_not_read, records, batch))
         try:
             with limit:
                 result = next(results)
@@ -70,11 +66,22 @@ def read_in_time(loader: DataLoader, batches: Iterable[list[int]], records: Reco
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise UserError(
-                f"a process that reads data was killed, before or at {samples}. Is the main memory "
-                "full (fewer --num_workers), or the shared one (docker run --shm-size 8g)? "
-                f"{' '.join(str(error).split())}"
+                f"a process that reads data was killed, before or at {_places(records, batch)}. Is "
+                "the main memory full (fewer --num_workers), or the shared one (docker run "
+                f"--shm-size 8g)? {' '.join(str(error).split())}"
             ) from error
         yield result
+
+
+def _places(records: Records, batch: list[int]) -> str:
+    return ", ".join(map(records.where, batch))
+
+
+def _not_read(records: Records, batch: list[int]) -> str:
+    return (
+        f"not read within {READ_SECONDS / 60:g} minutes: {_places(records, batch)}. check_data.py "
+        "--show N tries one: leave out the one that does not end"
+    )
 
 
 def _start_measuring(worker_id: int) -> None:
