@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import finetune
 from helpers import CPU, read_metrics, set_up, tiny_config, undamaged_steps, weights
 from util import checkpoint as saving
-from util import logutil, shards
+from util import logutil, shards, survive
 from util.checkpoint import check_same_run, damage, find_checkpoint, list_checkpoints, rewind_files
 from util.config import UserError
 from util.model import load
@@ -403,17 +403,37 @@ def test_the_end_of_a_run_gives_a_full_disk_one_more_chance(run, monkeypatch, tm
         saving.finish_run(None, None, tiny_config(output_dir=str(tmp_path)), 0.0, ["a", "b"])
 
 
-def test_a_vanished_output_folder_is_survived(run, monkeypatch, tmp_path):
+@pytest.mark.parametrize("fate", ["deleted", "made anew", "another run's"])
+def test_an_output_folder_that_is_lost_in_mid_run(run, monkeypatch, tmp_path, fate):
+    """All that is left goes into a new one, and nothing into another run's."""
+    out, lost, train = tmp_path / "out", [], finetune.train
+
     class Vanishing(StopSignal):
         def __init__(self):
             super().__init__()
-            shutil.rmtree(tmp_path / "out")
+            survive.claim(out)
+            shutil.rmtree(out)
+            if fate != "deleted":
+                out.mkdir()
+            if fate == "another run's":
+                (out / "metrics.jsonl").write_text("{}\n")
 
+    monkeypatch.setattr(survive, "_claims", {})
     monkeypatch.setattr(finetune, "StopSignal", Vanishing)
+    monkeypatch.setattr(finetune, "train", lambda *args: lost.extend(train(*args)))
     monkeypatch.setattr(logutil, "LAST_CHANCE_SECONDS", 0)
-    with pytest.raises(FileNotFoundError):  # of this test's reading; train() itself went through
-        run(num_steps=3, save_steps=1)
-    (tmp_path / "out").mkdir()
+    result = run(num_steps=3, save_steps=1)
+    if fate == "another run's":
+        assert lost == ["3 lines of metrics.jsonl", "checkpoint-3"]
+        assert [path.name for path in out.iterdir()] == ["metrics.jsonl"] and result.metrics == [{}]
+        with pytest.raises(UserError, match="is another folder by now"):
+            saving.finish_run(result.model, result.processor, result.config, 0.0, lost)
+    else:
+        assert not lost and [row["global_step"] for row in result.metrics] == [1, 2, 3]
+        assert undamaged_steps(out)[0] == 3
+
+
+def test_metrics_wait_for_a_folder_that_comes_back(tmp_path):
     waiting = logutil.MetricsFile(tmp_path / "gone" / "metrics.jsonl")
     waiting.append({"global_step": 1})
     (tmp_path / "gone").mkdir()

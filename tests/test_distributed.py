@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import itertools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -41,6 +43,7 @@ from helpers import (
     wait_for,
     write_data,
 )
+from util import distributed
 from util.checkpoint import list_checkpoints
 from util.config import UserError
 from util.data.index import Index
@@ -516,6 +519,42 @@ def test_one_rank_that_fails_ends_all(hook, said, data, tmp_path):
     run = case(tmp_path / "out", {"train_data": data["mixed"]}, hook)
     root_cause = check_told_once(drive(tmp_path, 2, run, code=1), said, tmp_path / "out")
     assert re.search(r"rank +: 1 |rank 1 \(", root_cause)
+
+
+def test_a_main_machine_that_hangs_is_noticed_by_the_others(monkeypatch):
+    """Ranks hear of each other through its launcher's store, which then does not answer."""
+
+    class Store(dict):
+        set = dict.__setitem__
+
+        def clone(self):
+            return self
+
+        def multi_get(self, keys):
+            if next(asked) > 3:
+                threading.Event().wait()
+            return [self.get(key, "").encode() for key in keys]
+
+    def end(code):
+        ended.set()
+        threading.Event().wait()
+
+    asked, told, ended = itertools.count(), [], threading.Event()
+    store = Store()
+    for name, value in {
+        "BEAT_SECONDS": 0.01,
+        "SILENT_SECONDS": 0.3,
+        "world_size": lambda: 2,
+        "record_failure": told.append,
+        "end_rank": end,
+    }.items():
+        monkeypatch.setattr(distributed, name, value)
+    monkeypatch.setattr(distributed.dist, "barrier", lambda: None)
+    monkeypatch.setattr(distributed.dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setenv("MASTER_ADDR", "first-machine")
+    distributed._watch_ranks()
+    assert ended.wait(20)
+    assert "the launcher on first-machine: silent" in str(told[0])
 
 
 def test_a_picture_that_changed_on_one_rank_costs_no_step(tmp_path, tiny_folder):

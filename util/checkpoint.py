@@ -17,7 +17,7 @@ import shutil
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -41,7 +41,7 @@ from util.optim import moment_bytes
 from util.output_dir import open_output_dir
 from util.run import is_main_process, on_main_process
 from util.shards import ShardPlanner, ShardReader, ShardWriter, read_index
-from util.survive import release
+from util.survive import check_claim, release
 
 logger = logging.getLogger("finetune")
 
@@ -94,7 +94,7 @@ def save_checkpoint(
         "eval_loss": eval_loss,
     }
     try:
-        if on_main_process(final.exists):
+        if on_main_process(_is_there, final):
             return True
         on_main_process(_start_writing, partial, model, config)
         tensors = _state_dict(model, optimizer, has_moments=bool(optimizer.state))
@@ -111,7 +111,7 @@ def save_checkpoint(
             f"{final} could not be written (earlier ones are untouched): "
             f"{' '.join(str(error).split())[:300]}"
         )
-        on_main_process(shutil.rmtree, partial, True)  # ignoring errors
+        on_main_process(_discard, partial)
         return False
     logger.info(f"saved      {final}")
     try:
@@ -129,6 +129,7 @@ def finish_run(model, processor, config: Config, started: float, lost=()) -> Non
     """
     output_dir = Path(config.output_dir)
     try:
+        on_main_process(check_claim, output_dir)
         _export(model, processor, output_dir)
     except OSError as error:
         raise UserError(
@@ -197,6 +198,18 @@ def _quiet():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
+
+
+def _is_there(final: Path) -> bool:
+    """Return whether a checkpoint is written. Raises OSError where the run has lost its folder."""
+    check_claim(final.parent)
+    return final.exists()
+
+
+def _discard(partial: Path) -> None:
+    with suppress(OSError):
+        check_claim(partial.parent)  # another run may be writing there now
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _start_writing(partial: Path, model, config: Config) -> None:

@@ -6,7 +6,6 @@ What trains is in finetune_distributed.py; nothing here touches a gradient.
 import atexit
 import itertools
 import logging
-import math
 import os
 import signal
 import socket
@@ -75,7 +74,7 @@ def start_processes(config: Config) -> torch.device:
 
 
 def _watch_ranks() -> None:
-    """Start a thread that ends this rank where another one is silent for SILENT_SECONDS.
+    """Start threads that end this rank where another one is silent for SILENT_SECONDS.
 
     One that is stopped, or on a machine that is gone, would be waited for without end. Every rank
     beats as long as its process runs, also while it waits or writes. A silent one on this machine
@@ -85,39 +84,49 @@ def _watch_ranks() -> None:
     store = dist.distributed_c10d._get_default_store().clone()
     keys = [f"beat of rank {i}" for i in range(world_size())]
     own, number = f"{socket.gethostname()}, process {os.getpid()}", itertools.count()
+    missed = [0] * len(keys)
 
     def beat(last: str = "") -> None:
         with suppress(RuntimeError):  # the store goes with its machine
             store.set(keys[rank()], last or f"{own}:{next(number)}")
 
-    def watch() -> None:
-        values, heard, looked = store.multi_get(keys), [time.monotonic()] * len(keys), math.inf
+    def listen() -> None:
         while True:
             time.sleep(BEAT_SECONDS)
             beat()
-            new, now = values, time.monotonic()
             with suppress(RuntimeError):
-                new = store.multi_get(keys)
-            if now - looked > SILENT_SECONDS / 2:  # it was this rank that was stopped
-                heard = [now] * len(keys)
-            for i, value in enumerate(new):
-                if value != values[i] or value == b"done":
-                    heard[i] = now
-            values, looked = new, now
-            silent = {i: values[i] for i, at in enumerate(heard) if now - at > SILENT_SECONDS}
+                new = store.multi_get(keys)  # from a machine that hangs, there is no answer
+                for i, value in enumerate(new):
+                    if value != values[i] or value == b"done":
+                        missed[i] = 0
+                values[:] = new
+
+    def watch() -> None:
+        while True:
+            time.sleep(BEAT_SECONDS)
+            # Counted and not timed: where it was this rank that was stopped, it has missed nothing.
+            missed[:] = [count + 1 for count in missed]
+            own_count, limit = missed[rank()], SILENT_SECONDS / BEAT_SECONDS
+            silent = [i for i, count in enumerate(missed) if count - own_count > limit]
+            if own_count > limit:  # what all ranks speak through is silent
+                silent = [rank()]
             if silent:
-                _end_for(silent, own)
+                _end_for({i: values[i] for i in silent}, own)
 
     beat()
     dist.barrier()
+    values = store.multi_get(keys)
     atexit.register(beat, "done")
-    threading.Thread(target=watch, daemon=True).start()
+    for loop in (listen, watch):
+        threading.Thread(target=loop, daemon=True).start()
 
 
 def _end_for(silent: dict[int, bytes], own: str) -> None:
     """End this rank, and silent ones on this machine. silent: the last beats of ranks."""
     places = {i: value.decode().split(":")[0] for i, value in silent.items()}
     names = "; ".join(f"rank {i} ({place})" for i, place in places.items())
+    if rank() in silent:
+        places, names = {}, f"the launcher on {os.environ.get('MASTER_ADDR')}"
     try:  # the launcher is told of an exception that is being handled
         raise UserError(
             f"{names}: silent for {SILENT_SECONDS / 60:g} minutes: stopped, or its machine is "

@@ -22,6 +22,7 @@ from util.check_requirements import read_requirements
 from util.config import Config, make_visible
 from util.data.batch import PlannedData
 from util.run import is_main_process, on_main_process, shard_size, world_size
+from util.survive import check_claim
 
 logger = logging.getLogger("finetune")
 
@@ -51,8 +52,10 @@ class _LogFile(logging.Handler):
         self.path = path
 
     def emit(self, record):
-        with suppress(OSError), self.path.open("a", encoding="utf-8") as file:
-            file.write(self.format(record) + "\n")
+        with suppress(OSError):
+            check_claim(self.path.parent)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(self.format(record) + "\n")
 
 
 def setup_logging(output_dir: Path) -> None:
@@ -132,6 +135,9 @@ class RunLog:
         if on_main_process(self.metrics_file.is_waiting) or not is_saved:
             logger.error(f"once more, for the last time, in {LAST_CHANCE_SECONDS} s")
             time.sleep(LAST_CHANCE_SECONDS)
+            folder = self.metrics_file.path.parent
+            with suppress(OSError):  # one that was deleted; until now it might have come back
+                on_main_process(lambda: folder.mkdir(parents=True, exist_ok=True))
         num_lost = on_main_process(self.metrics_file.give_up)
         return [f"{num_lost} lines of metrics.jsonl"] if num_lost else []
 
@@ -206,6 +212,7 @@ class MetricsFile:
 
     def _write(self) -> None:
         try:
+            check_claim(self.path.parent)
             with self.path.open("ab") as file:
                 end = file.tell()
                 try:

@@ -23,7 +23,7 @@ logger = logging.getLogger("finetune")
 CLAIM_FILE = ".claimed"
 CLAIM_BEAT_SECONDS = 15
 CLAIM_DEAD_SECONDS = 75  # network disks remember times for a minute
-_claims = []
+_claims = {}  # by folder: its file, and the folder as it was then
 
 
 class _Outlet(io.FileIO):
@@ -81,7 +81,8 @@ def claim(output_dir: Path) -> None:
     loader's workers. On network disks without locks, or with locks that each machine keeps for
     itself, the file's time tells.
     """
-    path, host = output_dir.absolute() / CLAIM_FILE, socket.gethostname()
+    folder, host = output_dir.absolute(), socket.gethostname()
+    path = folder / CLAIM_FILE
     while True:
         file = path.open("a+", encoding="utf-8")
         is_locked = is_held = False
@@ -106,7 +107,8 @@ def claim(output_dir: Path) -> None:
     file.truncate(0)
     file.write(f", process {os.getpid()} on {host} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
     file.flush()
-    _claims.append((path, file))
+    # Open, so that no folder made later is given its number.
+    _claims[folder] = file, os.fstat(os.open(folder, os.O_RDONLY))
 
     def beat():
         while True:
@@ -117,6 +119,23 @@ def claim(output_dir: Path) -> None:
     threading.Thread(target=beat, daemon=True).start()
 
 
+def check_claim(output_dir: Path) -> None:
+    """Raise OSError where `output_dir` is gone, or another folder than was claimed.
+
+    A new and empty one is claimed in its place. What nobody has claimed is not looked at.
+    """
+    folder = output_dir.absolute()
+    if folder not in _claims or os.path.samestat(_claims[folder][1], folder.stat()):
+        return
+    if any(folder.iterdir()):
+        raise OSError(f"{output_dir} is another folder by now, and not this run's")
+    try:
+        claim(output_dir)
+    except UserError as error:  # another run was faster
+        raise OSError(str(error)) from None
+    logger.warning(f"{output_dir}: the folder is gone, the run goes on in a new one of that name")
+
+
 @atexit.register
 def release() -> None:
     """Give back what this process has claimed, unless it is another one's by now.
@@ -124,11 +143,12 @@ def release() -> None:
     A folder in which nothing was written, as of a run whose data are wrong, goes too.
     """
     while _claims:
-        path, file = _claims.pop()
+        folder, (file, _) = _claims.popitem()
+        path = folder / CLAIM_FILE
         with suppress(OSError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 path.unlink()
-                path.parent.rmdir()  # fails where it holds anything
+                folder.rmdir()  # fails where it holds anything
 
 
 def _beats(path: Path) -> bool:
