@@ -169,10 +169,12 @@ def test_transparent_clips_are_composed_over_white(tmp_path):
     pixels = np.zeros((48, 64, 4), np.uint8)
     pixels[..., 0], pixels[:24, :, 3], pixels[24:, 32:, 3] = 200, 255, 128
     kinds = [("a.mov", "qtrle", "argb"), ("a.apng", "apng", "rgba"), ("b.mkv", "ffv1", "yuva444p")]
-    kinds.append(("c.mov", "prores_ks", "yuva444p10le"))
+    kinds += [("c.mov", "prores_ks", "yuva444p10le"), ("d.webm", "libvpx-vp9", "yuva420p")]
+    kinds.append(("e.webm", "libvpx", "yuva420p"))
     for name, codec, pix_fmt in kinds:
         with av.open(str(tmp_path / name), "w") as container:
-            stream = container.add_stream(codec, rate=5)
+            options = {"auto-alt-ref": "0"} if name.endswith("webm") else {}
+            stream = container.add_stream(codec, rate=5, options=options)
             stream.width, stream.height, stream.pix_fmt = 64, 48, pix_fmt
             for _ in range(2):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgba")))

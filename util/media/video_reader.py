@@ -22,6 +22,8 @@ from util.media.source import what_it_is
 # checked frame by frame, for every container, in tests/media/test_video.py.
 SEEKABLE_CODECS = {"h264", "hevc", "vp8", "vp9", "libdav1d", "av1", "mpeg2video", "mjpeg"}
 SKIPPING_CODECS = {"h264", "hevc", "mpeg2video"}
+# FFmpeg's own decoders of these leave out what is transparent; libvpx's are slower.
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # The nearest that swscale has to torchvision's antialiased bicubic: 52 dB on photographs.
 INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 # What FFmpeg may open, by the names of its demuxers: files of videos and animated pictures. It has
@@ -165,15 +167,17 @@ class VideoReader:
                 "avi, ts, mpg, flv, wmv, gif and the like): convert it to mp4"
             ) from error
         self._stream = choose_stream(self._container.streams.video)
-        self._decoder = self._stream.codec_context
-        width, height = self._decoder.width, self._decoder.height
+        self._decoder, self.codec = self._stream.codec_context, self._stream.codec_context.name
+        if self._stream.metadata.get("alpha_mode") == "1" and self.codec in ALPHA_DECODERS:
+            self.codec = ALPHA_DECODERS[self.codec]
+            self._decoder = av.CodecContext.create(self.codec, "r")
+        width, height = self._stream.width, self._stream.height
         if width * height > MAX_FRAME_PIXELS:
             raise ValueError(
                 f"frames of {width} x {height} pixels, over {MAX_FRAME_PIXELS:,}: resize the file"
             )
         self._decoder.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # headers can be wrong
         self._decoder.thread_count, self._decoder.thread_type = self._num_threads, "AUTO"
-        self.codec = self._decoder.name
 
     def _check_bytes(self) -> None:
         """Raise ValueError where the bytes of the file say it was cut off."""
@@ -202,7 +206,7 @@ class VideoReader:
             num_packets += packet.dts is not None or packet.size > 0
             if packet.size:
                 # The first byte of VP8 says whether a frame is shown (RFC 6386, section 9.1).
-                is_hidden = self.codec == "vp8" and not memoryview(packet)[0] & 0x10
+                is_hidden = self._stream.name == "vp8" and not memoryview(packet)[0] & 0x10
                 is_hidden = packet.is_discard or is_hidden
                 packets.append((packet.pts, packet.dts, packet.is_keyframe, is_hidden))
         if first is None or all(is_hidden for *_, is_hidden in packets):
@@ -339,7 +343,9 @@ class VideoReader:
         """Yield (time, frame) of the wanted times, ascending, decoding everything before them."""
         self._open()
         missing = set(wanted)
-        for i, frame in enumerate(self._container.decode(self._stream)):
+        packets = self._container.demux(self._stream)
+        frames = (f for p in packets for f in self._decoder.decode(p if p.size else None))
+        for i, frame in enumerate(frames):
             time = i if self._is_counted else frame.pts
             if time in missing and not frame.is_corrupt:
                 missing.remove(time)
