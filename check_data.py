@@ -32,10 +32,17 @@ from util.data.files import Records
 from util.data.index import Index, build_index, check_lengths, decode_all
 from util.data.keys import ignored_keys
 from util.data.sample import IGNORE, Sample, SampleEncoder
+from util.media.image import Remark
 from util.model.load import build_encoder, find_model, find_model_to_train, load_processor
 from util.run import choose_device, run_main
 from util.tools.flops import PUBLISHED_SHAPES, FlopCounter, published_config
 from util.tools.planner import fitting_flags, plan_memory
+
+REMARKS = {
+    Remark.MORE_PAGES: "pictures of several pages or frames, of which the first is read",
+    Remark.DARK: "pictures of 16 bits whose brightest pixel is below 4,096: nearly black",
+    Remark.HDR: "clips in HDR (PQ or HLG), which is read as it is, with pale colours",
+}
 
 
 def show_sample(encoder: SampleEncoder, records: Records, i: int) -> Sample:
@@ -78,8 +85,8 @@ def print_lengths(index: Index) -> None:
     )
 
 
-def print_oddities(records: Records, most: int = 10) -> None:
-    """Print which records repeat an earlier one, empty answers, and keys that are not read."""
+def print_oddities(records: Records, index: Index, most: int = 10) -> None:
+    """Print which records repeat an earlier one, empty answers, odd media, and keys not read."""
     first, repeats, empty, ignored = {}, [], [], Counter()
     for i in range(len(records)):
         try:
@@ -96,10 +103,13 @@ def print_oddities(records: Records, most: int = 10) -> None:
     print(f"duplicates: {len(repeats)}")
     for i, earlier in repeats[:most]:
         print(f"  {records.where(i)} repeats {records.where(earlier)}")
-    if empty:
-        print(f"empty answers, which train the end of the turn alone: {len(empty)}")
-    for i in empty[:most]:
-        print(f"  {records.where(i)}")
+    found = {"empty answers, which train the end of the turn alone": empty}
+    for remark, text in REMARKS.items():
+        found[f"samples with {text}"] = np.flatnonzero(index.remarks & remark).tolist()
+    for text, samples in found.items():
+        print(f"{text}: {len(samples)}\n" * bool(samples), end="")
+        for i in samples[:most]:
+            print(f"  {records.where(i)}")
     if ignored:
         counts = ", ".join(f"{key} ({count:,})" for key, count in ignored.most_common(3 * most))
         print(make_visible(f"keys that are not read: {counts}"))
@@ -115,7 +125,7 @@ def check_files(names: list[str], encoder: SampleEncoder, config: Config, decode
     if index.num_tokens.any():
         print(make_visible(f"{' '.join(names)}: {index.summary()}"))
         print_lengths(index)
-    print_oddities(records)
+    print_oddities(records, index)
     for problem in problems:
         print(make_visible(f"problem: {problem}"))
     return len(problems)

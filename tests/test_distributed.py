@@ -413,7 +413,7 @@ def test_two_ranks_train_in_bf16_lean_and_one_goes_on(data, tmp_path):
 
 def test_tokens_by_rank_add_up_and_dummy_work_is_told():
     lengths = torch.tensor([50, 40, 30, 20, 10]).numpy()
-    index = Index(lengths, lengths // 2, lengths // 5, lengths // 10, lengths * 0)
+    index = Index(lengths, lengths // 2, lengths // 5, lengths // 10, *[lengths * 0] * 2)
     plan = Plan(index, 5, 60, 0, world_size=3)
     step = plan.step(0)
     metrics = rank_metrics(plan, step, num_dummy_tokens=5)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers.video_utils import VideoMetadata
 
-from util.media.image import image_size, read_image
+from util.media.image import Remark, image_remarks, image_size, read_image
 from util.media.source import FRAME_SIZE_KEYS, IMAGE_KEYS, NUM_FRAMES_KEYS, resolve
 from util.media.video_reader import VideoReader
 
@@ -195,11 +195,12 @@ class MediaShape:
     """What the model is told of a picture or clip beside its pixels.
 
     `grid`: its (t, h, w) in patches; `metadata`: of a clip, when its frames are shown, in the form
-    that processors of transformers take.
+    that processors of transformers take; `remarks`: what is odd about it, where it was looked for.
     """
 
     grid: tuple[int, int, int]
     metadata: VideoMetadata | None = None
+    remarks: Remark = Remark.NONE
 
 
 def probe_media(item: dict, policy: PixelPolicy) -> MediaShape:
@@ -208,15 +209,17 @@ def probe_media(item: dict, policy: PixelPolicy) -> MediaShape:
     Headers and packets are read; of a clip one frame is decoded, which says how it is turned.
     """
     if item["type"] == "image":
-        size = image_size(_resolve(item["image"], policy))
-        return MediaShape(policy.grid(1, *policy.image_size(*size, **_keys(item, IMAGE_KEYS))))
+        source = _resolve(item["image"], policy)
+        size = policy.image_size(*image_size(source), **_keys(item, IMAGE_KEYS))
+        return MediaShape(policy.grid(1, *size), remarks=image_remarks(source))
     if isinstance(item["video"], list):
         num_frames, *size = _list_size(item, policy)
         return MediaShape(policy.grid(num_frames, *size), list_metadata(item, num_frames, policy))
     with VideoReader(_resolve(item["video"], policy)) as reader:
         indices = frame_indices(item, reader, policy)
         size = policy.frame_size(len(indices), *reader.size, **_keys(item, FRAME_SIZE_KEYS))
-        return MediaShape(policy.grid(len(indices), *size), clip_metadata(item, reader, indices))
+        grid, metadata = policy.grid(len(indices), *size), clip_metadata(item, reader, indices)
+        return MediaShape(grid, metadata, Remark.HDR if reader.is_hdr else Remark.NONE)
 
 
 def load_media(item: dict, policy: PixelPolicy) -> tuple[torch.Tensor, MediaShape]:

@@ -218,7 +218,7 @@ def test_an_epoch_takes_each_file_at_its_rate(files, batch_size):
     sizes = np.cumsum([0] + [size for size, _ in files])
     groups = [(int(a), int(b), rate) for a, b, (_, rate) in zip(sizes, sizes[1:], files)]
     lengths = np.full(sizes[-1], 10, dtype=np.int32)
-    plan = Plan(Index(*[lengths] * 5), batch_size, 1000, 0, 1, groups)
+    plan = Plan(Index(*[lengths] * 6), batch_size, 1000, 0, 1, groups)
     seen = [i for step in plan.steps(0, plan.num_steps_per_epoch) for i in step.samples]
     for first, last, rate in groups:
         counts = np.bincount(seen, minlength=sizes[-1])[first:last]

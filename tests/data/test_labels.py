@@ -154,6 +154,7 @@ def test_measure_counts_what_encode_makes(folder, tmp_path):
         int((types == 1).sum()),
         int((types == 2).sum()),
         sum(t * (h * w) ** 2 for t, h, w in sample.grids),
+        0,
     )
     assert int((types > 0).sum()) * 4 == len(sample.patches)
 

@@ -10,7 +10,7 @@ from util.data.plan import Plan
 
 def make_index(lengths):
     lengths = np.array(lengths, dtype=np.int32)
-    return Index(lengths, lengths // 2 + 1, *[lengths * 0] * 3)
+    return Index(lengths, lengths // 2 + 1, *[lengths * 0] * 4)
 
 
 # Some are longer than any limit, and left out.

@@ -1,5 +1,6 @@
 """check_data.py finds what is wrong, all of it, and nothing else."""
 
+import itertools
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from check_data import main
 from helpers import REPO, assistant, image, make_image, make_video, run_script, text, user, video
 from util.data import index
 from util.run import run_main
-from zoo import bomb, encode_image, make_audio, make_zoo_clip, smooth
+from zoo import bomb, encode_image, make_audio, make_clip, make_zoo_clip, smooth
 
 GOOD = [user("Hi"), assistant("Hello.")]
 SYSTEM = {"role": "system", "content": "a"}
@@ -333,3 +334,32 @@ def test_it_prints_lengths_shares_duplicates_and_one_sample(check_data, tmp_path
     assert "length in tokens" in printed and "100.0 % text" in printed
     assert "keys that are not read: id (3)\n" in printed
     assert "[[Hello.<|im_end|>]]" in printed
+
+
+def test_media_that_are_read_but_perhaps_not_meant_so_are_told(check_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "CACHE_DIR", tmp_path / "cache")
+    page, other = (Image.fromarray(smooth(60, 60, seed=i)) for i in range(2))
+    sensor = np.full((60, 60), 300, np.uint16)
+    for name, more in {"one.tiff": [], "two.tiff": [other], "two.gif": [other]}.items():
+        page.save(tmp_path / name, save_all=True, append_images=more)
+    page.save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[other])
+    Image.fromarray(sensor).save(tmp_path / "dark.png")
+    Image.fromarray(sensor * 200).save(tmp_path / "light.png")
+    for name, transfer in {
+        "sdr.mp4": "bt709",
+        "pq.mp4": "smpte2084",
+        "hlg.mp4": "arib-std-b67",
+    }.items():
+        make_clip(tmp_path / name, "libx264", {"x264-params": f"transfer={transfer}"}, 8)
+    odd = {"pictures of several": ["two.tiff", "two.gif"], "16 bits": ["dark.png"]}
+    odd["in HDR"] = ["pq.mp4", "hlg.mp4"]
+    names = ["one.tiff", "phone.jpg", "light.png", "sdr.mp4", *itertools.chain(*odd.values())]
+    records = [(clip if name.endswith("mp4") else picture)(name) for name in names]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(records))
+    printed = check_data("--train_data", data)
+    assert printed == check_data("--train_data", data), "the index keeps it"
+    for words, found in odd.items():
+        places = "".join(f"  {data}: sample {names.index(name)}\n" for name in found)
+        assert re.search(rf"^samples with .*{words}.*: {len(found)}\n{places}(?!  )", printed, re.M)
+    assert printed.count("samples with") == len(odd)

@@ -24,7 +24,8 @@ CACHE_DIR = REPO_DIR / ".cache"
 class Index:
     """What is known of every sample before the first step: int64 arrays, one entry a sample.
 
-    num_patch_pairs: of patches that attend to each other in the vision tower.
+    num_patch_pairs: of patches that attend to each other in the vision tower. remarks: what is odd
+    about the media, a Remark.
     """
 
     num_tokens: np.ndarray
@@ -32,6 +33,7 @@ class Index:
     num_image_tokens: np.ndarray
     num_video_tokens: np.ndarray
     num_patch_pairs: np.ndarray
+    remarks: np.ndarray
 
     def __len__(self):
         return len(self.num_tokens)
@@ -77,14 +79,14 @@ def build_index(records: Records, encoder: SampleEncoder) -> tuple[Index, list[s
 
 
 def _load_rows(cache_file: Path, num_samples: int) -> np.ndarray:
-    """Return what is known of the samples, a row of 5 each: zeros, where nothing is."""
+    """Return what is known of the samples, a row of 6 each: zeros, where nothing is."""
     if cache_file.is_file():
         content = cache_file.read_bytes()
         checksum, values = content[:32], content[32:]
-        if hashlib.sha256(values).digest() == checksum and len(values) == num_samples * 5 * 8:
-            return np.frombuffer(values, np.int64).reshape(-1, 5).copy()
+        if hashlib.sha256(values).digest() == checksum and len(values) == num_samples * 6 * 8:
+            return np.frombuffer(values, np.int64).reshape(-1, 6).copy()
         logger.warning(f"{cache_file} is damaged: the samples are measured again")
-    return np.zeros((num_samples, 5), dtype=np.int64)
+    return np.zeros((num_samples, 6), dtype=np.int64)
 
 
 def decode_all(records: Records, index: Index, max_tokens: int, encoder) -> list[str]:

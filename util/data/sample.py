@@ -4,16 +4,18 @@ Everything that is wrong raises ValueError, naming the message and the file in i
 """
 
 import hashlib
+import operator
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
 
 from util.data.conversation import media_of, parse_conversation, text_of
+from util.media.image import Remark
 from util.media.source import check_local_file, describe, local_path, map_paths
 from util.survive import time_limit
 from util.vision_util import MediaShape, PixelPolicy, load_media, probe_media
@@ -194,7 +196,7 @@ class SampleEncoder:
         """Return the numbers of tokens of a record: all, supervised, of images, of videos.
 
         And that of pairs of patches that attend to each other: those of one picture or two frames
-        (fewer in Qwen2.5-VL's layers with windows).
+        (fewer in Qwen2.5-VL's layers with windows); and what is odd about the media, as a Remark.
 
         Only headers of media are read. Raises ValueError where the record cannot be trained on.
         """
@@ -206,7 +208,8 @@ class SampleEncoder:
             raise ValueError("nothing to train: no text is supervised")
         images, videos = (input_ids.count(t) for t in (self.image_token_id, self.video_token_id))
         pairs = sum(t * (h * w) ** 2 for t, h, w in (shape.grid for shape in media))
-        return len(input_ids), num_supervised, images, videos, pairs
+        remarks = reduce(operator.or_, [shape.remarks for shape in media], Remark.NONE)
+        return len(input_ids), num_supervised, images, videos, pairs, remarks
 
     def encode(self, record, folder: Path = Path()) -> Sample:
         """Return the sample of a record, with all its media decoded."""

@@ -1,5 +1,6 @@
 """Pictures: their size as they are shown, and their pixels, upright, over white."""
 
+import enum
 import re
 import warnings
 from contextlib import nullcontext
@@ -24,6 +25,15 @@ PNG_EXIF_KEYS = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
 
 # Tags of TIFF, and a value of the last. Source: TIFF 6.0.
 BITS_PER_SAMPLE, SAMPLE_FORMAT, PHOTOMETRIC, WHITE_IS_ZERO = 258, 339, 262, 0
+
+
+class Remark(enum.IntFlag):
+    """What is read, but perhaps not as it was meant."""
+
+    NONE = 0
+    MORE_PAGES = 1
+    DARK = 2
+    HDR = 4
 
 
 def open_image(source: str | BytesIO | Image.Image):
@@ -64,6 +74,19 @@ def image_size(source: str | BytesIO | Image.Image) -> tuple[int, int]:
         width, height = image.size
         # Orientations 5 to 8 of the EXIF standard turn the picture by a quarter.
         return (width, height) if _orientation(image) >= 5 else (height, width)
+
+
+def image_remarks(source: str | BytesIO | Image.Image) -> Remark:
+    """Return what is odd about a picture, from its header; one of 16 bits is decoded."""
+    with open_image(source) as image:
+        remarks = Remark.NONE
+        # In a JPEG, the others are for programs that know them: a thumbnail, a map of brightness.
+        if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+            remarks |= Remark.MORE_PAGES
+        # Sensors give 10 or 12 bits, and some programs store them in 16 as they are.
+        if image.mode[0] == "I" and np.asarray(image).max() < 4096:
+            remarks |= Remark.DARK
+        return remarks
 
 
 def _orientation(image: Image.Image) -> int:

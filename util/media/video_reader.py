@@ -32,6 +32,8 @@ FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,vvc,av1,obu,"
     "ivf,ogg,asf,mxf,gxf,dv,rm,nut,wtv,yuv4mpegpipe,mjpeg,gif,apng,webp,jpegxl_anim,avif"
 )
+# PQ and HLG. Source: ITU-T H.273, transfer characteristics.
+HDR_TRANSFERS = {16, 18}
 MAX_FRAME_PIXELS = 8192 * 4352  # 8K; a decoder may hold 16 frames of up to 6 bytes a pixel
 # Streams that are no video: covers, thumbnails, stills. Source: AV_DISPOSITION_* in avformat.h.
 DEFAULT_STREAM, NO_VIDEO = 0x1, 0x400 | 0x800 | 0x100000
@@ -111,7 +113,8 @@ class VideoReader:
 
     `len(reader)` is the number of frames, `reader.seconds` (num_frames,) float64 when each is
     shown, counted from the first, `reader.fps` their average rate in 1/s, `reader.size` the
-    (height, width) as shown, `reader.codec` the decoder's name. `source` is the path of a file
+    (height, width) as shown, `reader.codec` the decoder's name, `reader.is_hdr` whether its colours
+    are in HDR, which nothing here turns into those of a picture. `source` is the path of a file
     or a BytesIO; `num_threads` decode (0: as many as there are cores). Raises ValueError, or
     av.error.FFmpegError, where there is no video or it is damaged.
 
@@ -216,6 +219,7 @@ class VideoReader:
                 f"the file is cut off: {num_packets} of {len(self._stream.index_entries)} frames"
             )
         self._quarter_turns, self._is_mirrored = how_it_is_shown(first)
+        self.is_hdr = first.color_trc in HDR_TRANSFERS
         # Pixels that are not square (DVD, HDV, old phones) are shown stretched.
         width = max(1, round(first.width * (self._stream.sample_aspect_ratio or 1)))
         self.size = (width, first.height) if self._quarter_turns % 2 else (first.height, width)
