@@ -60,12 +60,14 @@ def test_a_run_on_a_gpu_is_resumed(precision, mixed_data, tmp_path):
     assert resumed == pytest.approx(straight, rel=1e-2 if precision == "bf16_lean" else 1e-3)
 
 
-@pytest.mark.skipif(not is_flash_attn_2_available(), reason="needs flash-attn")
-def test_flash_attention_gives_what_packed_sdpa_gives(mixed_data, tiny_folder, monkeypatch):
+@pytest.mark.parametrize("name", ["packed_varlen", "flash_attention_2"])
+def test_flash_kernels_give_what_packed_sdpa_gives(name, mixed_data, tiny_folder, monkeypatch):
+    if name == "flash_attention_2" and not is_flash_attn_2_available():
+        pytest.skip("needs flash-attn")
     run = set_up(tiny_config(train_data=[mixed_data]), tiny_folder)
     micro_batch = pack([run.data.samples[i] for i in range(6)], encoder_for(tiny_folder))
     logits = []
-    for attention in ("packed_sdpa", "flash_attention_2"):
+    for attention in ("packed_sdpa", name):
         monkeypatch.setattr(load, "choose_attention", lambda *_, name=attention: name)
         model = load_model(tiny_folder, CUDA, tiny_config(precision="bf16")).eval()
         build_inputs = InputBuilder(run.processor, attention, CUDA)

@@ -1,6 +1,7 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL go through the same code, and what differs is right."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.utils import _to_kwargs
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.profiler import profile
 from transformers import AutoModelForImageTextToText, AutoProcessor, modeling_flash_attention_utils
 from transformers.video_utils import VideoMetadata
 
@@ -37,11 +39,12 @@ from util.config import UserError
 from util.data.batch import pack
 from util.data.conversation import media_of
 from util.data.sample import IGNORE
-from util.model import inputs
+from util.model import attention, inputs
 from util.model.attention import hand_over_whole_rows
 from util.model.families import part_of
 from util.model.inputs import InputBuilder
 from util.model.load import load_processor
+from util.model.parts import place_media
 from util.tools.generate import generate
 from util.vision_util import load_frames
 
@@ -229,12 +232,37 @@ def stand_in_for_flash(monkeypatch) -> list:
     return calls
 
 
-def test_flash_attention_gets_the_ends_of_frames_and_windows(run, monkeypatch):
-    calls = stand_in_for_flash(monkeypatch)
+def stand_in_for_varlen(monkeypatch) -> list:
+    """Put a stand-in for torch's varlen_attn; return its calls as stand_in_for_flash does."""
+    calls = []
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        assert cu_q.dtype == torch.int32 and max_q == max_k == max(cu_q.diff().tolist())
+        is_causal = window_size == (-1, 0)
+        # None, which is (-1, -1), would go to cuDNN; one as wide as all is none.
+        assert is_causal or window_size == (max_q, max_q)
+        calls.append((is_causal, cu_q.tolist(), cu_k.tolist()))
+        module = SimpleNamespace(is_causal=is_causal)
+        rows = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return attention.packed_sdpa(module, *rows, None, cu_seq_lens_q=cu_q, scaling=scale)[0][0]
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "packed_varlen"])
+def test_flash_kernels_get_the_ends_of_frames_and_windows(name, run, monkeypatch):
     model = plain_model(run.folder)
-    for config in (model.config, model.config.text_config, model.config.vision_config):
-        config._attn_implementation = "flash_attention_2"
-    build_inputs = InputBuilder(run.processor, "flash_attention_2", torch.device("cpu"))
+    if name == "packed_varlen":
+        calls = stand_in_for_varlen(monkeypatch)
+        attention.register_attention(name)
+        model.set_attn_implementation(name)
+        hand_over_whole_rows(model.model.visual)
+    else:
+        calls = stand_in_for_flash(monkeypatch)
+        for config in (model.config, model.config.text_config, model.config.vision_config):
+            config._attn_implementation = name
+    build_inputs = InputBuilder(run.processor, name, torch.device("cpu"))
     samples = [run.encoder.encode(record) for record in run.records]
     micro_batch = pack(samples, run.encoder)
     with torch.no_grad():
@@ -278,6 +306,8 @@ def test_inputs_lie_where_a_gpu_needs_them(run, monkeypatch):
                 run.model.config, attn_implementation="packed_sdpa"
             )
         hand_over_whole_rows(model.model.visual)
+        if run.family != "qwen3_vl":
+            model.model.register_forward_pre_hook(place_media, with_kwargs=True)
         build_inputs = InputBuilder(run.processor, "packed_sdpa", torch.device("cuda"))
         logits = model(**build_inputs(micro_batch)).logits
     assert logits.device.type == "cuda" and logits.shape[1] == len(micro_batch.targets)
@@ -292,6 +322,24 @@ def test_fully_shard_leaves_lengths_on_the_cpu(run):
     expected = {"cu_seq_lens_q", "cu_seq_lens_k", "image_cu_seqlens", "image_grid_thw"}
     windows = {"image_cu_window_seqlens"} & set(inputs)
     assert stay == expected | windows
+
+
+def test_features_are_placed_without_looking_for_their_places(run):
+    """On a GPU the host would wait for the answer. The gradients are those of transformers."""
+    if run.family == "qwen3_vl":
+        pytest.skip("its first decoder layers look for them all the same")
+    micro_batch = pack([run.encoder.encode(record) for record in run.records], run.encoder)
+    gradients = []
+    for hooks in ({}, run.model.model._forward_pre_hooks):
+        with pytest.MonkeyPatch.context() as monkeypatch, profile() as profiler:
+            monkeypatch.setattr(run.model.model, "_forward_pre_hooks", hooks)
+            logits = run.model(**run.build_inputs(micro_batch)).logits
+            logits.square().sum().backward()
+        gradients.append([p.grad for p in run.model.parameters()])
+        run.model.zero_grad()
+    called = {event.key for event in profiler.key_averages()}
+    assert not called & {"aten::masked_scatter", "aten::masked_select", "aten::nonzero"}
+    assert all(map(torch.equal, *gradients))
 
 
 def test_saved_processor_resizes_as_training_did(run, tmp_path):

@@ -32,7 +32,8 @@ CUDA = torch.device("cuda")
     [
         (CUDA, "bf16", True, (8, 0), "flash_attention_2"),
         (CUDA, "bf16", True, (9, 0), "flash_attention_2"),
-        (CUDA, "bf16", False, (9, 0), "packed_sdpa"),
+        (CUDA, "bf16", False, (8, 0), "packed_varlen"),
+        (CUDA, "bf16_lean", False, (12, 0), "packed_varlen"),
         (CUDA, "bf16", True, (7, 5), "packed_sdpa"),
         (CUDA, "fp32", True, (9, 0), "packed_sdpa"),
         (CPU, "bf16", True, (9, 0), "packed_sdpa"),
@@ -42,6 +43,14 @@ def test_choice_of_attention(monkeypatch, device, precision, installed, capabili
     monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: installed)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert choose_attention(device, precision) == expected
+
+
+def test_an_old_gpu_is_told_what_bf16_costs_there(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    choose_attention(CUDA, "fp32")
+    assert not caplog.messages
+    choose_attention(CUDA, "bf16")
+    assert "7.5" in caplog.text and "--precision fp32" in caplog.text
 
 
 def test_choice_of_device(monkeypatch):

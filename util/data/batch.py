@@ -28,7 +28,8 @@ class MicroBatch:
     """Several samples and the dummy segment in one row of T tokens, without padding.
 
     input_ids (1, T) int64, videos under the image placeholder; position_ids (3, 1, T) int64,
-    M-RoPE; patches (num_patches, patch_dim) uint8; vision_inputs: see util/model/families.py;
+    M-RoPE; media_positions (M,) int64: where image placeholders are; patches (num_patches,
+    patch_dim) uint8; vision_inputs: see util/model/families.py;
     supervised_positions (K,) int64: where logits are needed; targets (K,) int64: the tokens that
     follow there; cu_seqlens int32: where segments begin and end. image_grid_thw (num_media, 3)
     int64 stays on the CPU, as the model reads it there. problems: messages of samples left out.
@@ -36,6 +37,7 @@ class MicroBatch:
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
+    media_positions: torch.Tensor
     patches: torch.Tensor
     image_grid_thw: torch.Tensor
     vision_inputs: dict[str, torch.Tensor]
@@ -88,6 +90,7 @@ def pack(samples: list[Sample], encoder: SampleEncoder) -> MicroBatch:
     return MicroBatch(
         input_ids=input_ids[None],
         position_ids=torch.cat([sample.position_ids for sample in samples], dim=1)[:, None],
+        media_positions=torch.nonzero(input_ids == encoder.image_token_id)[:, 0],
         patches=torch.cat([sample.patches for sample in samples]),
         image_grid_thw=image_grid_thw,
         vision_inputs=encoder.vision_inputs(image_grid_thw),

@@ -1,25 +1,35 @@
 """Attention within the segments of a packed row."""
 
+import logging
 from copy import copy
 from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.nn.attention.varlen import varlen_attn
 from transformers.utils import is_flash_attn_2_available
 
-# The name of packed_sdpa in the vision tower; "flash" in it matters.
-WHOLE_ROWS = "packed_sdpa_like_flash"
+logger = logging.getLogger("finetune")
 
 
 def choose_attention(device: torch.device, precision: str) -> str:
-    """Return flash_attention_2 where it is installed and can run, else packed_sdpa."""
-    if device.type != "cuda" or precision == "fp32" or not is_flash_attn_2_available():
+    """Return the name of the attention to train with.
+
+    On GPUs from compute capability 8.0 on, in bf16, the kernels of flash attention run: by the
+    package flash-attn where it is installed, else by those that come with PyTorch.
+    """
+    if device.type != "cuda" or precision == "fp32":
         return "packed_sdpa"
-    # flash-attn 2 needs Ampere or newer.
-    return (
-        "flash_attention_2" if torch.cuda.get_device_capability(device)[0] >= 8 else "packed_sdpa"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return "flash_attention_2" if is_flash_attn_2_available() else "packed_varlen"
+    logger.warning(
+        f"{device} has compute capability {major}.{minor}: no kernel there spares attention in "
+        "bf16 the memory for all pairs of tokens. Train with --precision fp32, or on a GPU of 8.0 "
+        "or more; else keep --max_tokens low"
     )
+    return "packed_sdpa"
 
 
 def segment_lengths(cu_seqlens: torch.Tensor) -> list[int]:
@@ -69,21 +79,66 @@ def packed_sdpa(
     return output[None], None
 
 
+def packed_varlen(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    *,
+    cu_seq_lens_q,
+    max_length_q,
+    scaling=None,
+    is_causal=None,
+    **kwargs,
+):
+    """Do what packed_sdpa does in one call, whatever the lengths are, in bf16 on a GPU.
+
+    `cu_seq_lens_q` is on the device; `max_length_q` is the longest segment.
+    """
+    is_causal = module.is_causal if is_causal is None else is_causal
+    query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
+    # As wide as the longest segment, a window changes nothing; but with none, torch 2.14 takes
+    # cuDNN on 9.0 and 10.0 (_can_use_cudnn in torch/nn/attention/varlen.py).
+    window = (-1, 0) if is_causal else (max_length_q, max_length_q)
+    output = varlen_attn(
+        query,
+        key,
+        value,
+        *(cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q),
+        scale=scaling,
+        window_size=window,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output[None], None
+
+
+PACKED = {"packed_sdpa": packed_sdpa, "packed_varlen": packed_varlen}
+# What their names end in in the vision tower; "flash" in it matters.
+WHOLE_ROWS = "_like_flash"
+
+
 def register_attention(attention: str) -> None:
-    """Make packed_sdpa known to transformers, where it is `attention`."""
-    if attention == "packed_sdpa":
-        for name in ("packed_sdpa", WHOLE_ROWS):
-            transformers.AttentionInterface.register(name, packed_sdpa)
+    """Make `attention` known to transformers where it is ours, and keep PyTorch's from cuDNN.
+
+    On 9.0 and 10.0 scaled_dot_product_attention prefers cuDNN's, which builds a plan for every new
+    pair of batch size and length: for packed rows nearly always, and for each token of an answer.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if attention in PACKED:
+        for name in (attention, attention + WHOLE_ROWS):
+            transformers.AttentionInterface.register(name, PACKED[attention])
 
 
 def hand_over_whole_rows(visual) -> None:
-    """Let the vision tower hand packed_sdpa a whole row with its segment ends, as the LLM does.
+    """Let the vision tower hand our attention a whole row with its segment ends, as the LLM does.
 
     transformers 5.23 does so where it reads "flash" in the name of the attention, and else hands
-    over one segment after the other: thousands of operations for a video.
+    over one segment after the other: thousands of operations for a video. The model itself must
+    not have such a name: transformers would look for the package flash-attn.
     """
-    config = copy(visual.config)  # else models made from this one would look for flash-attn
-    config._attn_implementation = WHOLE_ROWS
+    config = copy(visual.config)  # else models made from this one would look for it too
+    config._attn_implementation += WHOLE_ROWS
     for module in visual.modules():
         if hasattr(module, "is_causal"):
             module.config = config

@@ -94,6 +94,11 @@ def vision_inputs(grids: torch.Tensor, vision_tower) -> dict[str, torch.Tensor]:
     return inputs
 
 
+def adds_features_in_layers(model) -> bool:
+    """Return whether decoder layers too are given features of pictures, as Qwen3-VL's are."""
+    return hasattr(model.config.vision_config, "deepstack_visual_indexes")
+
+
 def takes_seconds_per_grid(processor) -> bool:
     """Return whether generation is told the time between frames; Qwen3-VL reads it in the text."""
     return "second_per_grid_ts" in processor.model_input_names

@@ -30,7 +30,7 @@ class InputBuilder:
 
     def __init__(self, processor, attention: str, device: torch.device):
         self.device = device
-        self.is_flash = "flash" in attention
+        self.ends_on_device = attention != "packed_sdpa"
         # Patches travel as uint8; one patch is laid out as (channel, frame, row, column).
         image_processor = processor.image_processor
         repeats = image_processor.temporal_patch_size * image_processor.patch_size**2
@@ -42,13 +42,13 @@ class InputBuilder:
     def __call__(self, micro_batch: MicroBatch) -> dict:
         """Return the arguments. Nothing here waits for the device.
 
-        The forward pass does in few places: where transformers 5.23 checks the number of image
-        tokens, and, of Qwen3-VL, where it adds features to them in the first decoder layers.
+        Nor does the forward pass, see place_media; but that of Qwen3-VL does in a few places.
         """
         patches = self._to_device(micro_batch.patches)
         inputs = {
             "input_ids": self._to_device(micro_batch.input_ids),
             "position_ids": self._to_device(micro_batch.position_ids),
+            "media_positions": self._to_device(micro_batch.media_positions),
             "pixel_values": self.normalize(patches),
             "image_grid_thw": stay_on_cpu(micro_batch.image_grid_thw),
             # Isolation comes from the segment ends below; a mask would be T x T.
@@ -63,7 +63,7 @@ class InputBuilder:
             else:
                 inputs[f"image_{name}"] = self._to_device(tensor)
         inputs |= {LONGEST[name]: max(segment_lengths(tensor)) for name, tensor in ends.items()}
-        if self.is_flash:
+        if self.ends_on_device:
             ends = {name: self._to_device(tensor) for name, tensor in ends.items()}
         else:  # packed_sdpa reads them on the CPU
             ends = {name: stay_on_cpu(tensor) for name, tensor in ends.items()}

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from util.config import Config
-from util.model.attention import hand_over_whole_rows
-from util.model.families import part_of
+from util.model.attention import PACKED, hand_over_whole_rows
+from util.model.families import adds_features_in_layers, part_of
 from util.model.tiny import cached_tiny_model
 
 
@@ -33,8 +33,10 @@ def prepare_for_training(model, config: Config, device: torch.device | None = No
     set_dtypes(model, config.precision, device)
     embedding = model.model.visual.patch_embed
     embedding.proj = PatchProjection(embedding.proj)
-    if model.config._attn_implementation == "packed_sdpa":
+    if model.config._attn_implementation in PACKED:
         hand_over_whole_rows(model.model.visual)
+    if not adds_features_in_layers(model):
+        model.model.register_forward_pre_hook(place_media, with_kwargs=True)
     for part, module in (("llm", model.model.language_model), ("vision", model.model.visual)):
         if config.gradient_checkpointing in (part, "all"):
             checkpoint_layers(module)
@@ -125,6 +127,23 @@ def checkpoint_layers(module) -> None:
         if isinstance(layer, GradientCheckpointingLayer):
             layer.gradient_checkpointing = True
             layer._gradient_checkpointing_func = run_twice
+
+
+def place_media(module, args, kwargs):
+    """Put the features of pictures and clips in place, ahead of the forward pass of `module`.
+
+    transformers 5.23 looks for their places and counts them on the device, and its backward pass
+    counts once more: the host waits each time, and the device then waits for the host. They are
+    known: `media_positions`, which only training has.
+    """
+    positions = kwargs.pop("media_positions", None)
+    if positions is None:
+        return None
+    of_images = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("image_")}
+    embeddings = module.get_input_embeddings()(kwargs.pop("input_ids"))
+    features = module.get_image_features(kwargs.pop("pixel_values"), **of_images).pooler_output
+    features = torch.cat(features).to(embeddings.dtype)
+    return args, kwargs | {"inputs_embeds": embeddings.index_copy(1, positions, features[None])}
 
 
 class PatchProjection(torch.nn.Module):

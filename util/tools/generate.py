@@ -22,7 +22,7 @@ from util.data.files import Records
 from util.data.sample import Sample, SampleEncoder
 from util.media.source import describe as describe_media
 from util.media.source import map_paths
-from util.model.attention import choose_attention
+from util.model.attention import PACKED, choose_attention
 from util.model.families import takes_seconds_per_grid
 from util.model.inputs import InputBuilder
 from util.model.load import (
@@ -284,8 +284,8 @@ def _read_prompts(data: PlannedData, prompts: list) -> tuple[list[Sample], list[
 def _ready_to_answer(model):
     """Switch a model in training to generation, and back."""
     attention = model.config._attn_implementation
-    if attention == "packed_sdpa":
-        model.set_attn_implementation("sdpa")  # packed_sdpa knows no padding and no cache
+    if attention in PACKED:
+        model.set_attn_implementation("sdpa")  # ours knows no padding and no cache
     model.eval()
     try:
         yield
