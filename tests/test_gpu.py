@@ -78,7 +78,7 @@ def test_flash_kernels_give_what_packed_sdpa_gives(name, mixed_data, tiny_folder
 
 @pytest.mark.parametrize("flags", [{}, {"gradient_checkpointing": "all"}, {"lora_rank": 8}])
 def test_the_planned_peak_is_that_of_the_gpu(flags, mixed_data, tiny_folder):
-    """In bf16; within 10 %: CUDA's autocast keeps some more in fp32 than the CPU's."""
+    """In bf16; within 5 % and 4 MiB, without the workspaces of cuBLAS, which depend on the card."""
     flags = {"precision": "bf16", "batch_size": 8, "max_tokens": 2000} | flags
     config = tiny_config(train_data=[mixed_data], **flags)
     run = set_up(config, tiny_folder)
@@ -87,10 +87,13 @@ def test_the_planned_peak_is_that_of_the_gpu(flags, mixed_data, tiny_folder):
     samples, is_accumulated = largest_micro_batch(run.data, model_config, config)
     micro_batch = run.data.samples.collate([run.data.samples[i] for i in samples])
     torch.cuda.empty_cache()
+    # cuBLAS takes a workspace in each thread, on an H100 of 32 MiB: autograd has one of its own.
+    square = torch.ones((8, 8), device=CUDA, requires_grad=True)
+    (square @ square).sum().backward()
     before = torch.cuda.memory_allocated(CUDA)
     model = load_model(tiny_folder, CUDA, config).train()
     optimizer = build_optimizer(model, config)
-    build_inputs = InputBuilder(run.processor, "packed_sdpa", CUDA)
+    build_inputs = InputBuilder(run.processor, model.config._attn_implementation, CUDA)
     for _ in range(2):  # the second one has the optimizer's state
         torch.cuda.reset_peak_memory_stats(CUDA)
         for _ in range(1 + is_accumulated):
@@ -102,4 +105,4 @@ def test_the_planned_peak_is_that_of_the_gpu(flags, mixed_data, tiny_folder):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     peak = torch.cuda.max_memory_allocated(CUDA) - before
-    assert planned["peak_gib"] * GIB == pytest.approx(peak, rel=0.1)
+    assert abs(planned["peak_gib"] * GIB - peak) < 0.05 * peak + 4 * 2**20

@@ -64,7 +64,9 @@ def start_processes(config: Config) -> torch.device:
         # Before the processes are joined: afterwards transformers writes files on rank 0 only,
         # and this machine may not be rank 0's.
         cached_tiny_model()
-    state = PartialState(cpu=device.type == "cpu", timeout=START_TIMEOUT)
+    # Messages and long waits go over gloo, also between GPUs.
+    backend = {"backend": "cpu:gloo,cuda:nccl"} if device.type == "cuda" else {}
+    state = PartialState(cpu=device.type == "cpu", timeout=START_TIMEOUT, **backend)
     _watch_ranks()
     if not state.is_main_process:
         # What every rank would say is said once.
