@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL go through the same code, and what differs is right."""
+"""The four families go through the same code, and what differs between them is right."""
 
 import json
 from types import SimpleNamespace
@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from qwen_vl_utils import vision_process as qwen
+from safetensors import safe_open
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.utils import _to_kwargs
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.profiler import profile
 from transformers import AutoModelForImageTextToText, AutoProcessor, modeling_flash_attention_utils
+from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.video_utils import VideoMetadata
 
 import finetune
@@ -39,16 +41,17 @@ from util.config import UserError
 from util.data.batch import pack
 from util.data.conversation import media_of
 from util.data.sample import IGNORE
-from util.model import attention, inputs
-from util.model.attention import hand_over_whole_rows
-from util.model.families import part_of
+from util.model import attention, families, inputs
+from util.model.attention import hand_over_whole_rows, segment_lengths
+from util.model.families import keep_samples_apart, part_of
 from util.model.inputs import InputBuilder
 from util.model.load import load_processor
 from util.model.parts import place_media
 from util.tools.generate import generate
 from util.vision_util import load_frames
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+WITH_TIMES_AS_TEXT = ("qwen3_vl", "qwen3_5")
 
 
 @pytest.fixture(scope="module")
@@ -133,12 +136,52 @@ def test_samples_equal_what_the_processor_makes(run):
     shown = run.encoder.tokenizer.decode(sample.input_ids)
     times = [t for t in shown.split("<") if t.endswith(" seconds>")]
     steps = sample.position_ids[0][sample.input_ids == run.encoder.video_token_id].unique().diff()
-    if run.family == "qwen3_vl":
+    if run.family in WITH_TIMES_AS_TEXT:
         assert times == [f"{t} seconds>" for t in (0.5, 2.5, 4.5, 0.3, 1.3)]
     else:
         assert times == []
         # Qwen2.5-VL, here, counts two positions a second.
         assert steps[:2].tolist() == {"qwen2_vl": [1, 1], "qwen2_5_vl": [4, 4]}[run.family]
+
+
+def test_reasoning_is_trained_where_generation_writes_it(run):
+    """As Qwen3.5's own template writes it; the others' read none, and refuse it."""
+    hm = {"reasoning_content": "Hm.\n"}
+    asked, thought = [user("Hi")], [assistant("A.") | hm]
+    if run.family != "qwen3_5":
+        with pytest.raises(ValueError, match="message 1: .*reads none: .*part of content"):
+            run.encoder.prepare({"messages": asked + thought})
+        return
+    head = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    block, opened = "<think>\n\n</think>\n\n", "<think>\n"
+    trained = ("Hm.\n</think>\n\nA.<|im_end|>", True)
+    for answer, pieces in (
+        ([assistant(" A.\n")], [(head + block, False), ("A.<|im_end|>", True)]),
+        (thought, [(head + opened, False), trained]),
+        ([assistant("<think>\nHm.\n</think>\n\nA.")], [(head + opened, False), trained]),
+        (
+            [assistant("A.") | {"reasoning_content": " "}],
+            [(head + block, False), ("A.<|im_end|>", True)],
+        ),
+        # The template drops what was thought in earlier turns, and their empty blocks too.
+        (
+            thought + asked + [assistant("<box>")] + asked + thought,
+            [(head, False), ("A.<|im_end|>", True), ("\n" + head, False)]
+            + [("<box><|im_end|>", True), ("\n" + head + opened, False), trained],
+        ),
+    ):
+        messages = run.encoder.prepare({"messages": asked + answer})
+        assert run.encoder.segments(messages) == [*pieces, ("\n", False)]
+    for thinking, prompt in ((False, head + block), (True, head + opened)):
+        ids = run.encoder.encode_prompt(asked, thinking=thinking).input_ids
+        assert run.encoder.tokenizer.decode(ids) == prompt
+    assert run.encoder.without_reasoning("Hm.\n</think>\n\nA.") == "A."
+    with pytest.raises(ValueError, match="control token <|im_end|>"):
+        run.encoder.prepare(
+            {"messages": asked + [assistant("") | {"reasoning_content": "<|im_end|>"}]}
+        )
+    with pytest.raises(ValueError, match="refuses it: No user query"):
+        run.encoder.measure({"messages": [{"role": "system", "content": "x"}, assistant("A.")]})
 
 
 def gradients(model):
@@ -178,17 +221,60 @@ def test_the_dummy_segment_reaches_every_parameter_and_changes_none(run):
 
 @pytest.mark.parametrize("part", ["all", "llm", "vision"])
 def test_adapters_stand_on_the_linear_layers_of_every_family(run, part):
-    """B begins at zero, so the gradients of A are; those of B say that each adapter takes part."""
-    config = tiny_config(train_data=run.config.train_data, lora_rank=4, train=[part])
-    model = set_up(config, run.folder).model
-    micro_batch = pack([run.encoder.encode(record) for record in run.records], run.encoder)
-    logits = model(**run.build_inputs(micro_batch)).logits[0]
-    F.cross_entropy(logits, micro_batch.targets, reduction="sum").backward()
+    """B begins at zero, so the gradients of A are; those of B say that each adapter takes part.
+
+    With checkpointing, they are the same whether samples are packed or alone.
+    """
+    flags = {"lora_rank": 4, "train": [part], "gradient_checkpointing": "all"}
+    model = set_up(tiny_config(train_data=run.config.train_data, **flags), run.folder).model
+    samples, packed = [run.encoder.encode(record) for record in run.records], []
+    for rows in ([samples], [[sample] for sample in samples]):
+        model.zero_grad()
+        for row in rows:
+            micro_batch = pack(row, run.encoder)
+            logits = model(**run.build_inputs(micro_batch)).logits[0]
+            F.cross_entropy(logits, micro_batch.targets, reduction="sum").backward()
+        packed.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert (packed[0] - packed[1]).norm() < 1e-5 * packed[1].norm()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all(".lora_" in name for name in trained)
     assert all(p.grad.count_nonzero() > 0 for name, p in trained.items() if ".lora_B." in name)
     parts = {part_of(name) for name in trained}
     assert parts == ({"llm", "vision", "merger"} if part == "all" else {part})
+
+
+def test_kernels_of_linear_attention_get_the_ends_of_samples(run, monkeypatch):
+    """Stand-ins with the signatures of flash-linear-attention 0.6.0, which has none for a CPU."""
+    if run.family != "qwen3_5":
+        pytest.skip("has no linear attention")
+
+    def causal_conv1d(x, weight, activation, cu_seqlens, cu_seqlens_cpu):
+        assert activation == "silu" and torch.equal(cu_seqlens, cu_seqlens_cpu)
+        rows = x.split(segment_lengths(cu_seqlens_cpu), dim=1)
+        outputs = [
+            modeling_qwen3_5.causal_conv1d_fn(row.mT, weight, activation="silu").mT for row in rows
+        ]
+        return torch.cat(outputs, dim=1), None
+
+    def chunk_gated_delta_rule(
+        q, k, v, g, beta, use_qk_l2norm_in_kernel, cu_seqlens, cu_seqlens_cpu
+    ):
+        rows = zip(*(x.split(segment_lengths(cu_seqlens_cpu), dim=1) for x in (q, k, v, g, beta)))
+        outputs = [
+            modeling_qwen3_5.torch_chunk_gated_delta_rule(
+                *row, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel
+            )[0]
+            for row in rows
+        ]
+        return torch.cat(outputs, dim=1), None
+
+    kernels = (causal_conv1d, chunk_gated_delta_rule)
+    monkeypatch.setattr(families, "delta_net_kernels", lambda: kernels)
+    layer = run.model.model.language_model.layers[0].linear_attn
+    hidden_states = torch.randn(1, 150, 128)
+    ends = torch.tensor([0, 70, 71, 150], dtype=torch.int32)
+    outputs = [forward(hidden_states, ends) for forward in (layer, layer.forward_by_kernels)]
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
 
 
 def stand_in_for_flash(monkeypatch) -> list:
@@ -253,6 +339,7 @@ def stand_in_for_varlen(monkeypatch) -> list:
 @pytest.mark.parametrize("name", ["flash_attention_2", "packed_varlen"])
 def test_flash_kernels_get_the_ends_of_frames_and_windows(name, run, monkeypatch):
     model = plain_model(run.folder)
+    keep_samples_apart(model)
     if name == "packed_varlen":
         calls = stand_in_for_varlen(monkeypatch)
         attention.register_attention(name)
@@ -276,8 +363,9 @@ def test_flash_kernels_get_the_ends_of_frames_and_windows(name, run, monkeypatch
     grids = [grid for sample in samples for grid in sample.grids] + [(1, 2, 2)]
     of_frames = ends([h * w for t, h, w in grids for _ in range(t)])
     of_samples = ends([len(sample.input_ids) for sample in samples] + [1])
-    depth, num_layers = len(model.model.visual.blocks), len(model.model.language_model.layers)
-    assert calls[depth:] == [(True, of_samples, of_samples)] * num_layers
+    depth, layers = len(model.model.visual.blocks), model.model.language_model.layers
+    num_attentions = sum(hasattr(layer, "self_attn") for layer in layers)
+    assert calls[depth:] == [(True, of_samples, of_samples)] * num_attentions
     in_frames = [call == (False, of_frames, of_frames) for call in calls[:depth]]
     num_ends = [len(call[1]) for call in calls[:depth]]
     if run.family == "qwen2_5_vl":  # blocks 0 and 2 attend within windows
@@ -308,6 +396,7 @@ def test_inputs_lie_where_a_gpu_needs_them(run, monkeypatch):
         hand_over_whole_rows(model.model.visual)
         if run.family != "qwen3_vl":
             model.model.register_forward_pre_hook(place_media, with_kwargs=True)
+        keep_samples_apart(model)
         build_inputs = InputBuilder(run.processor, "packed_sdpa", torch.device("cuda"))
         logits = model(**build_inputs(micro_batch)).logits
     assert logits.device.type == "cuda" and logits.shape[1] == len(micro_batch.targets)
@@ -367,7 +456,7 @@ def test_a_list_of_frames_has_times_of_its_own(run, tmp_path):
     shown = run.encoder.tokenizer.decode(sample.input_ids)
     is_clip = sample.input_ids == run.encoder.video_token_id
     steps = sample.position_ids[0][is_clip].unique().diff().tolist()
-    if run.family == "qwen3_vl":
+    if run.family in WITH_TIMES_AS_TEXT:
         assert "<0.5 seconds>" in shown and "<7.0 seconds>" in shown
     else:
         # Two pictures in each of 16 / 3 seconds; Qwen2.5-VL, here, counts two positions a second.
@@ -381,7 +470,7 @@ def test_answers_are_those_of_plain_transformers(run):
     model = plain_model(run.folder)
     got = generate(model, run.encoder, run.build_inputs, samples, 12)
     for answer, messages in zip(got, conversations):
-        inputs = plain_inputs(run, messages, add_generation_prompt=True)
+        inputs = plain_inputs(run, messages, add_generation_prompt=True, enable_thinking=False)
         output = model.generate(**inputs, do_sample=False, max_new_tokens=12)
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         assert run.encoder.decode_answer(new_tokens[0].tolist()) == answer
@@ -399,6 +488,11 @@ def test_a_run_from_the_flags_to_the_answers(run, family_data, tmp_path, capsys)
 
     model = AutoModelForImageTextToText.from_pretrained(output_dir)
     assert model.dtype == torch.bfloat16 and model.config.model_type == run.family
+    expected = {"mtp.fc.weight": torch.arange(8.0)} if run.family == "qwen3_5" else {}
+    with safe_open(output_dir / "model.safetensors", "pt") as file:
+        unread = {name: file.get_tensor(name) for name in file.keys() if "mtp" in name}
+    assert unread.keys() == expected.keys()
+    assert all(torch.equal(unread[name], expected[name]) for name in unread)
     flags = ("--model_dir", output_dir, "--prompts", family_data, "--max_new_tokens", 8)
     call(test_on_trained_model_by_us, *flags)
     assert capsys.readouterr().out.count("\nanswer: ") == 6

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import check_data
 import finetune
+from families import build_family
 from helpers import CPU, allocator_peak, call, encoder_for, set_up, tiny_config
 from util.config import UserError
 from util.data.plan import Step
@@ -48,6 +49,7 @@ def larger_tiny(tiny_folder, tmp_path_factory) -> str:
         {"train": ["llm"], "precision": "bf16"},
         {"lora_rank": 8, "gradient_checkpointing": "vision"},
         {"supervise": "all", "lora_rank": 8},  # logits and their fp32 chunks are much of it
+        {"family": "qwen3_5"},  # states of linear attention
         # Slow: torchao compiles its step. Short, so that the step is the peak.
         pytest.param(
             {"precision": "bf16_lean", "gradient_checkpointing": "all", "batch_size": 1},
@@ -55,11 +57,15 @@ def larger_tiny(tiny_folder, tmp_path_factory) -> str:
         ),
     ],
 )
-def test_the_planned_peak_is_the_real_one(flags, mixed_data, larger_tiny, tmp_path, monkeypatch):
-    flags = {"batch_size": 8, "max_tokens": 2000, "num_workers": 0} | flags
+def test_the_planned_peak_is_the_real_one(
+    flags, mixed_data, tiny_folder, larger_tiny, tmp_path, monkeypatch
+):
+    flags, folder = {"batch_size": 8, "max_tokens": 2000, "num_workers": 0} | flags, larger_tiny
+    if "family" in flags:
+        folder = build_family(flags.pop("family"), tiny_folder, tmp_path / "model")
     config = tiny_config(train_data=[mixed_data], output_dir=str(tmp_path), **flags)
-    run = set_up(config, larger_tiny)
-    model_config = transformers.AutoConfig.from_pretrained(larger_tiny)
+    run = set_up(config, folder)
+    model_config = transformers.AutoConfig.from_pretrained(folder)
     planned = plan_memory(model_config, run.processor, config, run.data, shard_size=1)
     samples, is_accumulated = planner.largest_micro_batch(run.data, model_config, config)
     steps = run.plan.steps(0, run.plan.num_steps_per_epoch)

@@ -62,8 +62,8 @@ def parse_conversation(record) -> list[dict]:
 
     A message is {"role": ..., "content": ...}; content is a string or a list of items
     {"type": "text", "text": ...}, {"type": "image", "image": ...}, {"type": "video", "video": ...}.
-    An answer that is context alone has "loss": False too. Raises ValueError naming the message
-    where a record is anything else.
+    An answer that is context alone has "loss": False too, one with reasoning "reasoning_content".
+    Raises ValueError naming the message where a record is anything else.
     """
     record = record if isinstance(record, dict) else {}
     keys = [key for key in FORMATS if record.get(key) is not None]
@@ -178,6 +178,10 @@ def _parse_message(i: int, message) -> dict:
     elif not isinstance(content, str):
         raise ValueError(f"message {i}: content must be a string or a list")
     parsed = {"role": role, "content": content}
+    if not is_empty(reasoning := message.get("reasoning_content")):
+        if role != "assistant" or not isinstance(reasoning, str):
+            raise ValueError(f'message {i}: "reasoning_content" must be a string, of an answer')
+        parsed["reasoning_content"] = reasoning
     if role == "assistant" and not is_trained(message, f"message {i}"):
         return parsed | {"loss": False}
     if role != "assistant" and (message.get("loss") or message.get("weight")):

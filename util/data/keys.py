@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 # What a conversation is made of; the first two are its formats.
 RECORD_KEYS = {"messages", "conversations", "image", "images", "video", "videos", "system"}
-MESSAGE_KEYS = {"role", "content", "from", "value", "loss", "weight"}
+MESSAGE_KEYS = {"role", "content", "from", "value", "loss", "weight", "reasoning_content"}
 MESSAGE_KEYS |= {"image", "images", "video", "videos"}  # refused where they are read
 
 _NO_TOOLS = "tools are not trained here: write calls and their results into the text of messages"
 _NO_SOUND = "sound is not read: leave the sample out"
 _NO_PAIRS = "pairs are not trained here: keep the answer that is to be learned, as a message"
-_NO_REASONING = "reasoning is not trained here: leave it out, or make it part of content"
+_OTHER_NAME = 'reasoning is read from "reasoning_content": rename it'
 REFUSED_IN_RECORDS = {
     **dict.fromkeys(("tools", "functions"), _NO_TOOLS),
     **dict.fromkeys(("audio", "audios"), _NO_SOUND),
@@ -26,7 +26,7 @@ REFUSED_IN_RECORDS = {
 REFUSED_IN_MESSAGES = {
     **dict.fromkeys(("tool_calls", "function_call", "tool_call_id"), _NO_TOOLS),
     **dict.fromkeys(("audio", "audios"), _NO_SOUND),
-    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _NO_REASONING),
+    **dict.fromkeys(("reasoning", "thinking"), _OTHER_NAME),
 }
 
 

@@ -13,6 +13,7 @@ from functools import partial, reduce
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 
 from util.data.conversation import media_of, parse_conversation, text_of
 from util.media.image import Remark
@@ -82,19 +83,28 @@ class SampleEncoder:
         """Tokens that the dummy segment takes of every micro-batch."""
         return self.policy.num_tokens(self.policy.dummy_grid)
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: list[dict], add_generation_prompt: bool = False, thinking: bool = False
+    ) -> str:
         """Return the text of `messages` by the model's own chat template, media unexpanded.
+
+        thinking: the answer to generate begins with reasoning, where the template knows of it.
 
         Raises UserError where the template does not end: it is a program, of whoever wrote it.
         """
         name = self.tokenizer.name_or_path
         with time_limit(RENDER_SECONDS, lambda: f"the chat template of {name} does not end"):
-            return self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.chat_template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
+            try:
+                return self.tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=self.chat_template,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    # Told each time: by themselves, some sizes of a family think, others do not.
+                    enable_thinking=thinking,
+                )
+            except TemplateError as error:
+                raise ValueError(f"the model's chat template refuses it: {error}") from error
 
     def decode_answer(self, token_ids: list[int]) -> str:
         """Return the text of an answer, with everything in it that can be trained."""
@@ -102,12 +112,27 @@ class SampleEncoder:
         ends = {self.tokenizer.eos_token, self.tokenizer.pad_token, *self.control_tokens} - {None}
         return re.sub("|".join(map(re.escape, sorted(ends))), "", text)
 
+    @property
+    def reads_reasoning(self) -> bool:
+        """Whether the chat template writes the reasoning of answers apart from them."""
+        return "reasoning_content" in self.chat_template
+
+    def without_reasoning(self, answer: str) -> str:
+        """Return an answer as the template keeps it for later turns."""
+        return answer.rpartition("</think>")[2].lstrip("\n") if self.reads_reasoning else answer
+
     def prepare(self, record, folder: Path = Path()) -> list[dict]:
         """Return the messages of a record, with media paths found and control tokens refused."""
         messages = parse_conversation(record)
         for i, message in enumerate(messages):
+            reasoning = message.get("reasoning_content", "")
+            if reasoning and not self.reads_reasoning:
+                raise ValueError(
+                    f'message {i}: has a key "reasoning_content": the model\'s chat template reads '
+                    "none: leave it out, or make it part of content"
+                )
             for token in self.control_tokens:
-                if token in text_of(message):
+                if token in text_of(message) + reasoning:
                     raise ValueError(
                         f"message {i}: the text contains the control token {token}: remove it; "
                         "pictures are given as items of their own"
@@ -141,10 +166,10 @@ class SampleEncoder:
                     "message 0: an answer to nothing: put a user or system message before it, or "
                     "use --supervise all"
                 )
-            prompt = self.render(messages[:i], add_generation_prompt=True)
-            turn = self.render(messages[: i + 1])
-            end = turn.rfind(self.end_of_turn) + len(self.end_of_turn)
-            if not (text.startswith(turn) and turn.startswith(prompt) and end > len(prompt)):
+            prompt = next(filter(text.startswith, self.prompts(messages[:i])), None)
+            # No answer holds it: it is a control token.
+            end = text.find(self.end_of_turn, len(prompt or "")) + len(self.end_of_turn)
+            if prompt is None or end < len(prompt):
                 raise ValueError(
                     f"message {i}: the model's chat template changes earlier turns when later ones "
                     "follow, so its answers cannot be told from its prompts"
@@ -158,6 +183,18 @@ class SampleEncoder:
                 "--supervise all"
             )
         return [*pieces, (text[done:], all_text)]
+
+    def prompts(self, messages: list[dict]) -> Iterator[str]:
+        """Yield what may stand before the answer to `messages`, the longest first.
+
+        With the empty block of reasoning, with one opened, and, as templates write earlier turns,
+        without. They are one and the same where a template knows no reasoning.
+        """
+        prompt = self.render(messages, add_generation_prompt=True)
+        yield prompt
+        thinking = self.render(messages, add_generation_prompt=True, thinking=True)
+        yield thinking
+        yield thinking.removesuffix("<think>\n")
 
     def tokenize(self, pieces: list[tuple[str, bool]], media: list[MediaShape]) -> tuple:
         """Return input_ids and labels of `pieces`, with a placeholder for every media token."""
@@ -216,10 +253,15 @@ class SampleEncoder:
         messages = self.prepare(record, folder)
         return self._sample(messages, self.segments(messages))
 
-    def encode_prompt(self, messages: list[dict], folder: Path = Path()) -> Sample:
-        """Return the sample of `messages` up to and with the generation header, without labels."""
+    def encode_prompt(
+        self, messages: list[dict], folder: Path = Path(), thinking: bool = False
+    ) -> Sample:
+        """Return the sample of `messages` up to and with the generation header, without labels.
+
+        thinking: see `render`.
+        """
         messages = self.prepare({"messages": messages}, folder)
-        return self._sample(messages, [(self.render(messages, True), False)])
+        return self._sample(messages, [(self.render(messages, True, thinking), False)])
 
     def _sample(self, messages: list[dict], pieces: list[tuple[str, bool]]) -> Sample:
         items = list(media_of(messages))

@@ -3,8 +3,12 @@
 What they share is read from the model's own config, processor and chat template everywhere else.
 """
 
+import functools
+import logging
+
 import torch
 import transformers
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 from transformers.vision_utils import (
     get_vision_cu_seqlens,
     get_vision_interpolation_indices_and_weights,
@@ -12,10 +16,17 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
+from util.model.attention import segment_lengths
 from util.vision_util import MAX_VIDEO_TOKENS, PixelPolicy
 
+logger = logging.getLogger("finetune")
+
 # The model types that are trained. tests/model/test_families.py goes through all of them.
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+
+# Weights in a checkpoint that transformers does not load, by how their names begin. They are saved
+# as they came. Qwen3.5: the layers that draft tokens ahead, for servers.
+UNREAD = {"qwen3_5": "mtp."}
 
 
 def why_not_trained(model_config) -> str | None:
@@ -38,6 +49,83 @@ def part_of(name: str) -> str:
 def layers_of(model) -> tuple[list, list]:
     """Return the blocks of the vision tower and the decoder layers: what shards are made of."""
     return list(model.model.visual.blocks), list(model.model.language_model.layers)
+
+
+class PackedDeltaNet(Qwen3_5GatedDeltaNet):
+    """Qwen3.5's linear attention within the segments of a packed row.
+
+    Its convolution and its state run over a whole row: transformers 5.23 keeps samples apart in the
+    recurrence alone, and only with flash-linear-attention. Weights and names stay as they are.
+    """
+
+    def forward(self, hidden_states, cu_seq_lens_q=None, **kwargs):
+        """Return (1, T, hidden_size); `cu_seq_lens_q` says where segments begin and end."""
+        forward = super().forward
+        if cu_seq_lens_q is None:  # generation: rows of their own, and a cache
+            return forward(hidden_states, **kwargs)
+        if hidden_states.is_cuda and delta_net_kernels():
+            return self.forward_by_kernels(hidden_states, cu_seq_lens_q)
+        segments = hidden_states.split(segment_lengths(cu_seq_lens_q), dim=1)
+        return torch.cat([forward(segment) for segment in segments], dim=1)
+
+    def forward_by_kernels(self, hidden_states, cu_seq_lens_q):
+        """Do the same by flash-linear-attention: a whole row at once."""
+        convolve, delta_rule = delta_net_kernels()
+        # `to` of a tensor that stays on the CPU leaves it there. Its lengths are then known without
+        # a look at the device.
+        ends = {"cu_seqlens": torch.Tensor.to(cu_seq_lens_q, hidden_states.device)}
+        ends["cu_seqlens_cpu"] = cu_seq_lens_q if cu_seq_lens_q.is_cpu else None
+        mixed, gates = self.in_proj_qkv(hidden_states), self.in_proj_z(hidden_states)
+        weight = self.conv1d.weight.squeeze(1).to(mixed.dtype)
+        mixed, _ = convolve(mixed, weight, activation=self.activation, **ends)
+        mixed = mixed.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
+        widths = (self.head_k_dim, self.head_k_dim, self.head_v_dim)
+        query, key, value = (x.unflatten(-1, (-1, width)) for x, width in zip(mixed, widths))
+        rates = self.in_proj_a(hidden_states).float() + self.dt_bias
+        values, _ = delta_rule(
+            query,
+            key,
+            value,
+            g=-self.A_log.float().exp() * torch.nn.functional.softplus(rates),
+            beta=self.in_proj_b(hidden_states).sigmoid(),
+            use_qk_l2norm_in_kernel=True,
+            **ends,
+        )
+        gates = gates.reshape(-1, self.head_v_dim)
+        values = self.norm(values.reshape(-1, self.head_v_dim), gates)
+        return self.out_proj(values.reshape(*hidden_states.shape[:2], -1))
+
+
+@functools.cache
+def delta_net_kernels() -> tuple | None:
+    """Return flash-linear-attention's convolution and delta rule; say it once if they are missing.
+
+    It is a package of Python alone. Without it, results are the same.
+    """
+    try:
+        from fla.modules.causal_conv1d import causal_conv1d
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    except ImportError as error:
+        logger.warning(
+            f"flash-linear-attention cannot be used ({error}): linear attention takes one sample "
+            "of a packed row after the other, in plain PyTorch. Steps are slower and take more "
+            "memory; results are the same. pip install flash-linear-attention"
+        )
+        return None
+    return causal_conv1d, chunk_gated_delta_rule
+
+
+def keep_samples_apart(model) -> None:
+    """Let a model's linear attention, if it has any, heed where segments of a row end."""
+    for layer in model.modules():
+        if isinstance(layer, Qwen3_5GatedDeltaNet):
+            layer.__class__ = PackedDeltaNet
+
+
+def state_size(layers: list) -> int:
+    """Return the numbers in the states of linear attention, over all decoder layers."""
+    nets = [layer.linear_attn for layer in layers if hasattr(layer, "linear_attn")]
+    return sum(net.num_v_heads * net.head_k_dim * net.head_v_dim for net in nets)
 
 
 def vision_width(vision_config) -> int:

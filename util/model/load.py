@@ -1,6 +1,7 @@
 """Models on the hub and in folders: found, loaded, and written."""
 
 import json
+import logging
 import re
 import urllib.error
 import urllib.request
@@ -14,7 +15,6 @@ import torch
 import transformers
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from jinja2 import TemplateError
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -23,11 +23,13 @@ from torch.distributed.tensor import DTensor
 from util.config import Config, UserError
 from util.data.sample import SampleEncoder
 from util.model.attention import choose_attention, register_attention
-from util.model.families import set_pixel_limits, vision_inputs, why_not_trained
+from util.model.families import UNREAD, set_pixel_limits, vision_inputs, why_not_trained
 from util.model.parts import init_lora, prepare_for_training
 from util.model.tiny import cached_tiny_model
 from util.run import is_main_process
 from util.vision_util import PixelPolicy
+
+logger = logging.getLogger("finetune")
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -192,7 +194,9 @@ def build_encoder(folder: str, processor, config: Config) -> SampleEncoder:
     encoder = SampleEncoder(processor, skeleton.model, inputs, policy, config.supervise)
     try:
         encoder.render([{"role": "user", "content": "?"}])
-    except (TypeError, TemplateError) as error:  # what a template of no use gives
+    except UserError:  # it does not end
+        raise
+    except (TypeError, ValueError) as error:  # what a template of no use gives
         raise UserError(f"{folder}: its chat template fails: {error}") from error
     return encoder
 
@@ -303,4 +307,21 @@ def _write_model(model, state_dict, processor, output_dir, dtype) -> None:
             deepcopy(model.config), dtype=dtype
         )
     skeleton.generation_config = model.generation_config
-    skeleton.save_pretrained(output_dir, state_dict=state_dict)
+    skeleton.save_pretrained(output_dir, state_dict=state_dict | unread_weights(model))
+
+
+def unread_weights(model) -> dict[str, torch.Tensor]:
+    """Return the weights in a model's own folder that transformers leaves out on loading."""
+    prefix, weights = UNREAD.get(model.config.model_type), {}
+    if not prefix:
+        return weights
+    for path in sorted(Path(model.name_or_path).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]
+            weights |= {name: file.get_tensor(name) for name in names}
+    if not weights:
+        logger.warning(
+            f"{model.name_or_path} has no weights {prefix}*, so {prefix}* is missing from what is "
+            "saved: it answers as it should, but servers cannot draft tokens with it"
+        )
+    return weights

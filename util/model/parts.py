@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from util.config import Config
 from util.model.attention import PACKED, hand_over_whole_rows
-from util.model.families import adds_features_in_layers, part_of
+from util.model.families import adds_features_in_layers, keep_samples_apart, part_of
 from util.model.tiny import cached_tiny_model
 
 
@@ -31,6 +31,7 @@ def prepare_for_training(model, config: Config, device: torch.device | None = No
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(part_of(name) in config.trained_parts)
     set_dtypes(model, config.precision, device)
+    keep_samples_apart(model)
     embedding = model.model.visual.patch_embed
     embedding.proj = PatchProjection(embedding.proj)
     if model.config._attn_implementation in PACKED:

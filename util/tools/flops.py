@@ -10,7 +10,7 @@ from util.config import Config
 from util.data.batch import PlannedData
 from util.data.index import Index
 from util.data.plan import Plan, Step
-from util.model.families import layers_of, part_of, vision_width
+from util.model.families import layers_of, part_of, state_size, vision_width
 
 # Text and vision shapes of the published models, of the config.json files at
 # https://huggingface.co/Qwen; what is left out is as transformers' Qwen2VLConfig has it.
@@ -94,7 +94,8 @@ class FlopCounter:
     """Counts the operations of training on samples of an index, recomputation left out.
 
     The meta device serves for the model. Attention: 4 x width for each pair of tokens (patches) of
-    one segment and layer, and twice that backward; no discount for the causal half.
+    one segment and layer, and twice that backward; no discount for the causal half. Linear
+    attention: 6 x the state for each token, which is decayed, corrected and read.
     """
 
     def __init__(self, model, index: Index, config: Config):
@@ -106,16 +107,17 @@ class FlopCounter:
         decoder = sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim > 1)
         patches = per_weight["vision"] * weights["vision"] * visual.spatial_merge_size**2
         heads = model.config.text_config.num_attention_heads
-        text_width = heads * layers[0].self_attn.head_dim
+        attentions = [layer.self_attn for layer in layers if hasattr(layer, "self_attn")]
+        text_width = heads * attentions[0].head_dim
         patch_width = vision_width(model.config.vision_config)
         vision_passes = 3 if per_weight["vision"] > 2 else 1
         # Each number of something in a sample, and the operations that one of it takes.
         media_tokens = index.num_image_tokens + index.num_video_tokens
         self.costs = [
-            (index.num_tokens, per_weight["llm"] * decoder),
+            (index.num_tokens, per_weight["llm"] * decoder + 3 * 6 * state_size(layers)),
             (media_tokens, per_weight["merger"] * weights["merger"] + patches),
             (index.num_supervised_tokens, per_weight["llm"] * model.lm_head.weight.numel()),
-            (index.num_tokens**2, 12 * len(layers) * text_width),
+            (index.num_tokens**2, 12 * len(attentions) * text_width),
             (index.num_patch_pairs, 4 * vision_passes * len(blocks) * patch_width),
         ]
 

@@ -40,11 +40,15 @@ logger = logging.getLogger("finetune")
 
 @dataclass
 class Prompt:
-    """A conversation up to the user's last turn, and the answer that one hopes for, if known."""
+    """A conversation up to the user's last turn, and the answer that one hopes for, if known.
+
+    thinking: the answer is to begin with reasoning, as the one hoped for does.
+    """
 
     id: str
     messages: list[dict]
     reference: str | None
+    thinking: bool
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
@@ -97,8 +101,10 @@ def load_prompts(path: str) -> list[Prompt]:
             messages = parse_conversation(records[i])
         except ValueError as error:
             raise UserError(f"{records.where(i)}: {error}") from error
-        reference = text_of(messages.pop()) if messages[-1]["role"] == "assistant" else None
-        prompts.append(Prompt(str(records[i].get("id", i)), messages, reference))
+        answer = messages.pop() if messages[-1]["role"] == "assistant" else None
+        reference = text_of(answer) if answer else None
+        thinking = bool(answer and answer.get("reasoning_content"))
+        prompts.append(Prompt(str(records[i].get("id", i)), messages, reference, thinking))
     return prompts
 
 
@@ -137,6 +143,7 @@ def answer_prompts(name: str, config: Config, arguments: argparse.Namespace) -> 
             rows.append(answer_row(prompt, answer, seconds / len(chosen), encoder, prompts_folder))
         answers += new_answers
         logger.info(f"{len(chosen)} answers in {seconds:.1f} s")
+    answers = [encoder.without_reasoning(answer) for answer in answers]
     print_scores(score_all(answers, [prompt.reference for prompt in prompts], metric))
     if arguments.save:
         save_answers(arguments, name, rows, describe(config, arguments, device, dtype, attention))
@@ -147,7 +154,8 @@ def encode_prompts(path: str, prompts: list[Prompt], encoder: SampleEncoder) -> 
     samples = []
     for prompt in prompts:
         try:
-            samples.append(encoder.encode_prompt(prompt.messages, Path(path).parent))
+            folder = Path(path).parent
+            samples.append(encoder.encode_prompt(prompt.messages, folder, prompt.thinking))
         except ValueError as error:
             raise UserError(f"{path}: {prompt.id}: {error}") from error
     return samples
@@ -224,7 +232,7 @@ def score_answers(config: Config, model, build_inputs, data: PlannedData, stop) 
     encoder, prompts = data.samples.encoder, held_out_prompts(data, config.eval_generate)
     if not prompts:
         return {}
-    texts = [text_of(answer) for _, _, answer in prompts]
+    texts = [answer.get("reasoning_content", "") + text_of(answer) for _, _, answer in prompts]
     limit = 2 * max(len(ids) for ids in encoder.tokenizer(texts).input_ids) + 1
     # As many at once as training may hold, and one at least.
     longest = int(data.index.num_tokens[[i for i, _, _ in prompts]].max()) + limit
@@ -247,6 +255,7 @@ def score_answers(config: Config, model, build_inputs, data: PlannedData, stop) 
                 return {}
     if not answers:
         return {}
+    answers = [encoder.without_reasoning(answer) for answer in answers]
     # The user's metric is asked once, not on every rank.
     scores = on_main_process(score_all, answers, references, load_metric(config.metric))
     result = {
@@ -273,7 +282,9 @@ def _read_prompts(data: PlannedData, prompts: list) -> tuple[list[Sample], list[
     samples, references, problems, records = [], [], [], data.samples.records
     for i, messages, answer in prompts:
         try:
-            samples.append(data.samples.encoder.encode_prompt(messages, records.folder(i)))
+            thinking = bool(answer.get("reasoning_content"))
+            encode = data.samples.encoder.encode_prompt
+            samples.append(encode(messages, records.folder(i), thinking))
             references.append(text_of(answer))
         except ValueError as error:
             problems.append(f"{records.where(i)}: {error}")
