@@ -1,7 +1,9 @@
 """Device, attention and where a model comes from."""
 
+import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,16 +11,18 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from helpers import CPU, tiny_config
+from helpers import CPU, assistant, tiny_config, user
 from util import run
 from util.config import UserError
 from util.data import sample
+from util.data.sample import IGNORE
 from util.model import attention, load, tiny
 from util.model.attention import choose_attention
 from util.model.load import (
     build_encoder,
     check_adapter,
     find_model,
+    load_encoder,
     load_model,
     load_processor,
 )
@@ -160,3 +164,28 @@ def test_a_damaged_tiny_model_is_built_again(tmp_path, monkeypatch, caplog):
         caplog.clear()
     tiny.cached_tiny_model()
     assert not caplog.text
+
+
+def test_lora_tells_that_added_tokens_stay_as_they_are(tiny_folder, tmp_path, caplog):
+    """Also one that looks like Qwen's own; without LoRA, and without them, there is no warning."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    tokenizer = load_processor(tiny_folder, tiny_config()).tokenizer
+    tokenizer.add_tokens(["<defect>", "<|im_happy|>", "<tool_call>"])
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["vocab_size"] += 3
+    (folder / "config.json").write_text(json.dumps(config))
+    for model, rank in ((str(folder), 8), (str(folder), None), (tiny_folder, 8)):
+        *_, encoder = load_encoder(replace(tiny_config(lora_rank=rank), model_name_or_path=model))
+        told = [record.message for record in caplog.records]
+        assert bool(told) == (model == str(folder) and rank == 8)
+        assert not told or "of 2 added tokens too, <defect>, <|im_happy|>." in told[0]
+        caplog.clear()
+    encoder = load_encoder(replace(tiny_config(), model_name_or_path=str(folder)))[2]
+    answer = "A <defect> and <|im_happy|>."
+    record = {"messages": [user("Hi"), assistant(answer)]}
+    sample = encoder.encode(record)
+    labels = sample.labels[sample.labels != IGNORE].tolist()
+    assert encoder.decode_answer(labels) == answer
+    assert labels.count(len(tokenizer) - 3) == labels.count(len(tokenizer) - 2) == 1

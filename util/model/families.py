@@ -5,6 +5,7 @@ What they share is read from the model's own config, processor and chat template
 
 import functools
 import logging
+import re
 
 import torch
 import transformers
@@ -27,6 +28,17 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 # Weights in a checkpoint that transformers does not load, by how their names begin. They are saved
 # as they came. Qwen3.5: the layers that draft tokens ahead, for servers.
 UNREAD = {"qwen3_5": "mtp."}
+
+# What is added to the vocabulary of Qwen2-VL to Qwen3.5, for chats, media, boxes, code and tools.
+OWN_TOKENS = re.compile(
+    r"<\|(endoftext|(im|object_ref|box|quad|vision)_(start|end)|(vision|image|video|fim)_pad"
+    r"|fim_(prefix|middle|suffix)|repo_name|file_sep)\|>|</?(think|tool_call|tool_response)>"
+)
+
+
+def added_by_users(tokenizer) -> list[str]:
+    """Return the tokens that somebody has added to the vocabulary of a family."""
+    return [t for t in tokenizer.get_added_vocab() if not OWN_TOKENS.fullmatch(t)]
 
 
 def why_not_trained(model_config) -> str | None:

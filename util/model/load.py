@@ -23,7 +23,13 @@ from torch.distributed.tensor import DTensor
 from util.config import Config, UserError
 from util.data.sample import SampleEncoder
 from util.model.attention import choose_attention, register_attention
-from util.model.families import UNREAD, set_pixel_limits, vision_inputs, why_not_trained
+from util.model.families import (
+    UNREAD,
+    added_by_users,
+    set_pixel_limits,
+    vision_inputs,
+    why_not_trained,
+)
 from util.model.parts import init_lora, prepare_for_training
 from util.model.tiny import cached_tiny_model
 from util.run import is_main_process
@@ -179,6 +185,12 @@ def load_encoder(config: Config, with_weights: bool = True):
     """Return the folder of the model to train, its processor, and what makes samples for it."""
     folder = find_model_to_train(config.model_name_or_path, with_weights)
     processor = load_processor(folder, config)
+    tokens = added_by_users(processor.tokenizer)
+    if config.lora_rank and tokens:
+        logger.warning(
+            f"LoRA leaves embeddings as they are: those of {len(tokens)} added tokens too, "
+            f"{', '.join(tokens[:5])}. Unless they were trained before, train without --lora_rank"
+        )
     return folder, processor, build_encoder(folder, processor, config)
 
 
