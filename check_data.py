@@ -97,7 +97,8 @@ def print_oddities(records: Records, index: Index, most: int = 10) -> None:
         ignored.update(ignored_keys(record))
         answers = [text_of(m) for m in messages if m["role"] == "assistant"]
         empty += [i] if not all(answer.strip() for answer in answers) else []
-        key = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).digest()
+        said = json.dumps([messages, record.get("objects")], sort_keys=True, default=hash)
+        key = hashlib.sha256(said.encode()).digest()
         if first.setdefault(key, i) != i:
             repeats.append((i, first[key]))
     print(f"duplicates: {len(repeats)}")

@@ -275,7 +275,7 @@ def test_the_examples_of_data_are_conversations():
         for message in parse_conversation(record):
             if not isinstance(message["content"], str):
                 kinds |= {item["type"] for item in message["content"]}
-    assert len(records) == 8 and kinds == {"text", "image", "video"}
+    assert len(records) == 9 and kinds == {"text", "image", "video"}
 
 
 def test_hf_takes_the_upload_command(tmp_path):

@@ -203,6 +203,12 @@ class MediaShape:
     remarks: Remark = Remark.NONE
 
 
+def image_sizes(item: dict, policy: PixelPolicy) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the (height, width) of a picture as it is shown, and as it is resized."""
+    size = image_size(_resolve(item["image"], policy))
+    return size, policy.image_size(*size, **_keys(item, IMAGE_KEYS))
+
+
 def probe_media(item: dict, policy: PixelPolicy) -> MediaShape:
     """Return the shape that `load_media` will find an item to have.
 

@@ -386,7 +386,6 @@ def test_media_as_openai_trl_and_hugging_face_write_them():
         ({"tools": "[]"}, {}, 'a key "tools": tools are not trained'),
         ({"audios": ["a.wav"]}, {}, "sound is not read"),
         ({"rejected_response": "No."}, {}, "pairs are not trained"),
-        ({"objects": {"bbox": [[1, 2, 3, 4]]}}, {}, "convert_box"),
         ({}, {"tool_calls": [{"id": 1}]}, 'message 1: has a key "tool_calls"'),
         ({}, {"reasoning": "Hm"}, 'is read from "reasoning_content"'),
         ({}, {"reasoning_content": ["Hm"]}, "message 1: .*must be a string"),

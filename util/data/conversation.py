@@ -230,6 +230,15 @@ def text_of(message: dict) -> str:
     return "".join(item["text"] for item in message["content"] if item["type"] == "text")
 
 
+def text_holders(messages: list[dict]) -> Iterator[tuple[dict, str]]:
+    """Yield (owner, key) of every text, in order: of a message, or of an item of it."""
+    for message in messages:
+        if isinstance(message["content"], str):
+            yield message, "content"
+        else:
+            yield from ((item, "text") for item in message["content"] if item["type"] == "text")
+
+
 def media_of(messages: list[dict]) -> Iterator[tuple[int, dict]]:
     """Yield (message number, item) for every picture and clip, in order."""
     for i, message in enumerate(messages):

@@ -118,9 +118,8 @@ def _decode(encoder: SampleEncoder, records: Records, i: int) -> str | None:
 def _index_key(records: Records, encoder: SampleEncoder) -> str:
     key = hashlib.sha256(records.digest().encode())
     util = REPO_DIR / "util"
-    for path in sorted(
-        [*util.glob("data/*.py"), *util.glob("media/*.py"), util / "vision_util.py"]
-    ):
+    others = [util / "vision_util.py", util / "model" / "families.py"]
+    for path in sorted([*util.glob("data/*.py"), *util.glob("media/*.py"), *others]):
         key.update(path.read_bytes())
     key.update(encoder.digest().encode())
     folders = [os.path.abspath(file.path) for file in records.files]

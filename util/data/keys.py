@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 # What a conversation is made of; the first two are its formats.
 RECORD_KEYS = {"messages", "conversations", "image", "images", "video", "videos", "system"}
+RECORD_KEYS |= {"objects"}  # boxes.py
 MESSAGE_KEYS = {"role", "content", "from", "value", "loss", "weight", "reasoning_content"}
 MESSAGE_KEYS |= {"image", "images", "video", "videos"}  # refused where they are read
 
@@ -19,8 +20,6 @@ REFUSED_IN_RECORDS = {
     **dict.fromkeys(("tools", "functions"), _NO_TOOLS),
     **dict.fromkeys(("audio", "audios"), _NO_SOUND),
     **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), _NO_PAIRS),
-    "objects": "boxes are read from the text alone: write them there, as convert_box in "
-    "util/model/families.py makes them",
     "history": "earlier turns belong into the list of messages",
 }
 REFUSED_IN_MESSAGES = {

@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from jinja2 import TemplateError
 
+from util.data.boxes import place_boxes
 from util.data.conversation import media_of, parse_conversation, text_of
 from util.media.image import Remark
 from util.media.source import check_local_file, describe, local_path, map_paths
 from util.survive import time_limit
-from util.vision_util import MediaShape, PixelPolicy, load_media, probe_media
+from util.vision_util import MediaShape, PixelPolicy, image_sizes, load_media, probe_media
 
 IGNORE = -100  # label of a token that is not trained
 # Others that stand between <| and |>, such as those of boxes or a user's own, are text.
@@ -53,14 +54,18 @@ class SampleEncoder:
 
     `model` knows how positions are counted; nothing of it but the config is needed, so one on the
     meta device serves. `vision_inputs` returns, of patch grids, what a vision tower else computes
-    of them. `folder`, in the methods, is where media paths are looked for after the
+    of them; `write_boxes` returns, of a name, boxes and the type of the model, the text of both, as
+    families.py has it. `folder`, in the methods, is where media paths are looked for after the
     current folder: that of the data file.
     """
 
-    def __init__(self, processor, model, vision_inputs, policy: PixelPolicy, supervise: str):
+    def __init__(
+        self, processor, model, vision_inputs, write_boxes, policy: PixelPolicy, supervise: str
+    ):
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.chat_template = processor.chat_template or self.tokenizer.chat_template
         self.get_rope_index, self.vision_inputs = model.get_rope_index, vision_inputs
+        self.write_boxes, self.model_type = write_boxes, model.config.model_type
         self.policy = policy
         self.supervise = supervise
         self.image_token_id = processor.image_token_id
@@ -75,6 +80,7 @@ class SampleEncoder:
     def digest(self) -> str:
         """Return a hash of everything beside the data that samples depend on."""
         settings = (self.chat_template, self.policy, self.supervise, type(self.processor).__name__)
+        settings += (self.model_type,)
         tokenizer = self.tokenizer.backend_tokenizer.to_str()
         return hashlib.sha256(f"{tokenizer} {settings!r}".encode()).hexdigest()
 
@@ -122,8 +128,21 @@ class SampleEncoder:
         return answer.rpartition("</think>")[2].lstrip("\n") if self.reads_reasoning else answer
 
     def prepare(self, record, folder: Path = Path()) -> list[dict]:
-        """Return the messages of a record, with media paths found and control tokens refused."""
+        """Return the messages of a record: media paths found, boxes written, no control tokens."""
         messages = parse_conversation(record)
+        for i, item in media_of(messages):
+            try:
+                find = partial(find_file, folder=folder)
+                item[item["type"]] = map_paths(find, item[item["type"]])
+            except (ValueError, OSError) as error:
+                raise ValueError(f"message {i}: {error}") from error
+
+        def sizes() -> list[tuple]:
+            images = [(i, item) for i, item in media_of(messages) if item["type"] == "image"]
+            return [self._at_media(image_sizes, i, item) for i, item in images]
+
+        write = partial(self.write_boxes, model_type=self.model_type)
+        place_boxes(messages, record.get("objects"), sizes, write)
         for i, message in enumerate(messages):
             reasoning = message.get("reasoning_content", "")
             if reasoning and not self.reads_reasoning:
@@ -137,12 +156,6 @@ class SampleEncoder:
                         f"message {i}: the text contains the control token {token}: remove it; "
                         "pictures are given as items of their own"
                     )
-        for i, item in media_of(messages):
-            try:
-                find = partial(find_file, folder=folder)
-                item[item["type"]] = map_paths(find, item[item["type"]])
-            except (ValueError, OSError) as error:
-                raise ValueError(f"message {i}: {error}") from error
         return messages
 
     def segments(self, messages: list[dict]) -> list[tuple[str, bool]]:

@@ -4,6 +4,7 @@ What they share is read from the model's own config, processor and chat template
 """
 
 import functools
+import json
 import logging
 import re
 
@@ -17,6 +18,7 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
+from util.data.boxes import Box
 from util.model.attention import segment_lengths
 from util.vision_util import MAX_VIDEO_TOKENS, PixelPolicy
 
@@ -224,3 +226,27 @@ def convert_box(
         old, new = (height, to_height) if i % 2 else (width, to_width)
         converted.append(round(min(max(value, 0), old) / old * new))
     return converted
+
+
+def write_boxes(name: str | None, boxes: list[Box], model_type: str) -> str:
+    """Return boxes, and the name that they belong to, if any, as a family was trained to write.
+
+    Qwen2-VL: between tokens of their own (arXiv 2409.12191, section 2.2). The others: a JSON list,
+    or with a name, an object {"bbox_2d": [x1, y1, x2, y2], "label": name} for each box, point_2d
+    for a point (cookbooks/spatial_understanding.ipynb of QwenLM/Qwen2.5-VL, 2d_grounding.ipynb of
+    QwenLM/Qwen3-VL). Numbers are those of `convert_box`.
+    """
+    numbers = [convert_box(box.values, box.size, box.resized, model_type) for box in boxes]
+    if model_type == "qwen2_vl":
+        text = "" if name is None else f"<|object_ref_start|>{name}<|object_ref_end|>"
+        for box in numbers:
+            points = ",".join(f"({x},{y})" for x, y in zip(box[::2], box[1::2]))
+            text += f"<|box_start|>{points}<|box_end|>"
+        return text
+    if not boxes:
+        return name
+    if name is None:
+        return json.dumps(numbers[0])
+    keys = ["bbox_2d" if len(box) == 4 else "point_2d" for box in numbers]
+    rows = [{key: box, "label": name} for key, box in zip(keys, numbers)]
+    return ", ".join(json.dumps(row, ensure_ascii=False) for row in rows)

@@ -29,6 +29,7 @@ from util.model.families import (
     set_pixel_limits,
     vision_inputs,
     why_not_trained,
+    write_boxes,
 )
 from util.model.parts import init_lora, prepare_for_training
 from util.model.tiny import cached_tiny_model
@@ -203,7 +204,9 @@ def build_encoder(folder: str, processor, config: Config) -> SampleEncoder:
         )
     inputs = partial(vision_inputs, vision_tower=skeleton.model.visual)
     policy = pixel_policy(processor, config)
-    encoder = SampleEncoder(processor, skeleton.model, inputs, policy, config.supervise)
+    encoder = SampleEncoder(
+        processor, skeleton.model, inputs, write_boxes, policy, config.supervise
+    )
     try:
         encoder.render([{"role": "user", "content": "?"}])
     except UserError:  # it does not end

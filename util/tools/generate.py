@@ -17,8 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from util.config import Config, UserError, make_visible
 from util.data.batch import PlannedData, refuse_bad_samples
-from util.data.conversation import media_of, parse_conversation, text_of
-from util.data.files import Records
+from util.data.conversation import media_of, text_of
+from util.data.files import DataHaveChanged, Records
 from util.data.sample import Sample, SampleEncoder
 from util.media.source import describe as describe_media
 from util.media.source import map_paths
@@ -33,6 +33,7 @@ from util.model.load import (
     load_processor,
 )
 from util.run import choose_device, on_main_process
+from util.tools.page import data_uri
 from util.tools.scores import load_metric, score_all
 
 logger = logging.getLogger("finetune")
@@ -93,12 +94,12 @@ def run_config(run: Path | None) -> Config:
     return Config.load(path) if path and path.is_file() else Config()
 
 
-def load_prompts(path: str) -> list[Prompt]:
+def load_prompts(path: str, encoder: SampleEncoder) -> list[Prompt]:
     """Read prompts in the format of the training data; a last assistant turn is the reference."""
     prompts, records = [], Records([path])
     for i in range(len(records)):
         try:
-            messages = parse_conversation(records[i])
+            messages = encoder.prepare(records[i], records.folder(i))
         except ValueError as error:
             raise UserError(f"{records.where(i)}: {error}") from error
         answer = messages.pop() if messages[-1]["role"] == "assistant" else None
@@ -114,13 +115,14 @@ def answer_prompts(name: str, config: Config, arguments: argparse.Namespace) -> 
     metric = load_metric(arguments.metric)
     if arguments.save and Path(arguments.save).is_dir():
         raise UserError(f"--save {arguments.save}: is a folder, not a file")
-    prompts = load_prompts(arguments.prompts)
-    folder = find_model(name)
+    folder = find_model(name, with_weights=False)
     processor = load_processor(folder, config)
     encoder = build_encoder(folder, processor, config)
-    # What is wrong with a prompt is told before the model is loaded.
+    # What is wrong with a prompt is told before the model is downloaded and loaded.
+    prompts = load_prompts(arguments.prompts, encoder)
     for prompt in prompts:
         encode_prompts(arguments.prompts, [prompt], encoder)
+    folder = find_model(name)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     is_flash = choose_attention(device, "bf16") == "flash_attention_2"
     attention = "flash_attention_2" if is_flash else "sdpa"
@@ -204,6 +206,10 @@ def answer_row(
     }
 
 
+def _picture_uri(content: bytes) -> str:
+    return data_uri(content, "image/*")  # of a Parquet file; Pillow will see what it is
+
+
 def save_answers(arguments, name: str, rows: list[dict], settings: dict) -> None:
     """Write the file of --save: the model, its settings, where its metrics are, its answers."""
     # A checkpoint of a run lies one folder below the metrics.
@@ -213,7 +219,8 @@ def save_answers(arguments, name: str, rows: list[dict], settings: dict) -> None
     try:
         Path(arguments.save).parent.mkdir(parents=True, exist_ok=True)
         Path(arguments.save).write_text(
-            json.dumps(saved, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+            json.dumps(saved, ensure_ascii=False, indent=1, default=_picture_uri) + "\n",
+            encoding="utf-8",
         )
     except OSError as error:
         raise UserError(f"--save {arguments.save}: cannot be written: {error}") from error
@@ -229,18 +236,19 @@ def score_answers(config: Config, model, build_inputs, data: PlannedData, stop) 
     the longest reference. Raises UserError where a prompt cannot be read, unless bad samples are
     to be left out. Ends without scores where the ranks agree that a signal has come.
     """
-    encoder, prompts = data.samples.encoder, held_out_prompts(data, config.eval_generate)
-    if not prompts:
+    encoder = data.samples.encoder
+    expected = on_main_process(held_out_answers, data, config.eval_generate)
+    if not expected:
         return {}
-    texts = [answer.get("reasoning_content", "") + text_of(answer) for _, _, answer in prompts]
+    numbers, texts = [*expected], [*expected.values()]
     limit = 2 * max(len(ids) for ids in encoder.tokenizer(texts).input_ids) + 1
     # As many at once as training may hold, and one at least.
-    longest = int(data.index.num_tokens[[i for i, _, _ in prompts]].max()) + limit
+    longest = int(data.index.num_tokens[numbers].max()) + limit
     batch_size = min(config.batch_size, max(1, config.max_tokens // longest))
     answers, references = [], []
     with _ready_to_answer(model):
-        for start in range(0, len(prompts), batch_size):
-            chosen = prompts[start : start + batch_size]
+        for start in range(0, len(numbers), batch_size):
+            chosen = numbers[start : start + batch_size]
             # Read once for all ranks, so that all of them leave out the same ones.
             samples, readable, problems = on_main_process(_read_prompts, data, chosen)
             refuse_bad_samples(problems, config)
@@ -265,29 +273,45 @@ def score_answers(config: Config, model, build_inputs, data: PlannedData, stop) 
     return result if scores["metric"] is None else result | {"eval_metric": scores["metric"]}
 
 
-def held_out_prompts(data: PlannedData, most: int) -> list[tuple[int, list[dict], dict]]:
-    """Return (number, messages, answer) of the first `most` planned samples that end in one."""
-    prompts = []
+def held_out_answers(data: PlannedData, most: int) -> dict[int, str]:
+    """Return, by its number, the answer of the first `most` planned samples that end in one.
+
+    It is "" where a sample cannot be read; `_read_prompts` says why.
+    """
+    answers = {}
     for i in (i for numbers, _ in data.plan.groups for i in numbers.tolist()):
-        if len(prompts) == most:
+        if len(answers) == most:
             break
-        *messages, last = parse_conversation(data.samples.records[i])
-        if last["role"] == "assistant":
-            prompts.append((i, messages, last))
-    return prompts
-
-
-def _read_prompts(data: PlannedData, prompts: list) -> tuple[list[Sample], list[str], list[str]]:
-    """Return the samples of prompts, their references, and what is wrong with the others."""
-    samples, references, problems, records = [], [], [], data.samples.records
-    for i, messages, answer in prompts:
         try:
+            *_, last = _read_messages(data, i)
+        except DataHaveChanged:
+            raise
+        except ValueError:
+            answers[i] = ""
+            continue
+        if last["role"] == "assistant":
+            answers[i] = last.get("reasoning_content", "") + text_of(last)
+    return answers
+
+
+def _read_messages(data: PlannedData, i: int) -> list[dict]:
+    records = data.samples.records
+    return data.samples.encoder.prepare(records[i], records.folder(i))
+
+
+def _read_prompts(data: PlannedData, numbers: list) -> tuple[list[Sample], list[str], list[str]]:
+    """Return the samples of prompts, their references, and what is wrong with the others."""
+    samples, references, problems = [], [], []
+    for i in numbers:
+        try:
+            *messages, answer = _read_messages(data, i)
             thinking = bool(answer.get("reasoning_content"))
-            encode = data.samples.encoder.encode_prompt
-            samples.append(encode(messages, records.folder(i), thinking))
+            samples.append(data.samples.encoder.encode_prompt(messages, thinking=thinking))
             references.append(text_of(answer))
+        except DataHaveChanged:
+            raise
         except ValueError as error:
-            problems.append(f"{records.where(i)}: {error}")
+            problems.append(f"{data.samples.records.where(i)}: {error}")
     return samples, references, problems
 
 
