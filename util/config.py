@@ -71,7 +71,7 @@ class Config:
     )
     train_data: list[str] = HfArg(  # noqa: RUF009
         default_factory=lambda: ["train_data/data.json"],
-        help="JSON or JSONL files of conversations, each with an optional sampling rate: "
+        help="JSON, JSONL or Parquet files of conversations, each with an optional sampling rate: "
         "a.json b.jsonl:0.5",
     )
     eval_data: list[str] = HfArg(  # noqa: RUF009

@@ -1,11 +1,13 @@
-"""Data files, JSON and JSONL: their records, by number.
+"""Data files, JSON, JSONL and Parquet: their records, by number.
 
 What is wrong with a file raises UserError; what is wrong with a record, ValueError.
 """
 
 import hashlib
 import json
+import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -15,16 +17,21 @@ import numpy as np
 from util.config import UserError, make_visible
 from util.media.source import check_local_file, what_it_is
 
+logger = logging.getLogger("finetune")
+
 # An epoch is laid out in memory: so many times a file is more than anybody means.
 MAX_RATE = 1000
+# A row group of so many bytes takes as long to read as a few photographs to decode.
+LARGE_GROUP = 64 * 2**20
 
 
 class Records:
-    """The records of one or several data files, JSON lists or JSONL, by number.
+    """The records of one or several data files, JSON lists, JSONL or Parquet, by number.
 
     `names` are paths, each with an optional sampling rate: "a.json", "b.jsonl:0.5". Records stay
-    bytes until they are asked for, and those of a JSONL file stay on the disk, so that a million
-    lines cost no process more than their offsets. Raises UserError where a file cannot be used.
+    bytes until they are asked for, and those of JSONL and Parquet files stay on the disk, so that a
+    million lines cost no process more than their offsets. Raises UserError where a file cannot be
+    used.
     """
 
     def __init__(self, names: list[str]):
@@ -38,9 +45,11 @@ class Records:
     def __getitem__(self, i: int):
         """Return record `i`, parsed.
 
-        Raises ValueError where a line is not JSON, DataHaveChanged where the file is another one.
+        Raises ValueError where it cannot be read, DataHaveChanged where the file is another one.
         """
         file, i = self._find(i)
+        if file.rows:
+            return file.rows[i]
         data = file.read(int(file.starts[i]), int(file.ends[i]))
         try:
             text = data.decode("utf-8-sig")
@@ -109,6 +118,7 @@ class DataFile:
     starts: np.ndarray
     ends: np.ndarray
     lines: np.ndarray | None = None  # line numbers from 1, for JSONL
+    rows: Sequence | None = None  # of a Parquet file, whose starts and ends are its own
 
     def __post_init__(self):
         self._opened = self._state()
@@ -153,12 +163,15 @@ def _open_file(path: str, rate: float) -> DataFile:
     try:
         check_local_file(path)
         with open(path, "rb") as file:
-            kind = what_it_is(file.read(64))
+            start = file.read(64)
+        is_parquet = path.endswith(".parquet") and start.startswith(b"PAR1")
+        kind = None if is_parquet else what_it_is(start)
         if kind or path.endswith(".csv"):
             raise ValueError(
-                f"is {kind or 'a table'}. Data files are JSON lists, or JSONL of one record a line"
+                f"is {kind or 'a table'}. Data files are JSON lists, JSONL of one record a line, "
+                "or Parquet"
             )
-        if path.endswith(".jsonl"):
+        if path.endswith((".jsonl", ".parquet")):
             data = FileIO(path)
         else:
             data = Path(path).read_bytes()
@@ -171,10 +184,34 @@ def _open_file(path: str, rate: float) -> DataFile:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     if path.endswith(".jsonl"):
         return DataFile(path, rate, data, *_find_lines(path, data))
+    if path.endswith(".parquet"):
+        return _open_parquet(path, rate, data)
     # Kept as bytes like JSONL: a list of objects would be copied into every worker process.
     records = [json.dumps(record).encode() for record in _parse_list(path, data)]
     ends = np.cumsum([len(record) for record in records])
     return DataFile(path, rate, b"".join(records), ends - [len(r) for r in records], ends)
+
+
+def _open_parquet(path: str, rate: float, data: FileIO) -> DataFile:
+    # Here, as it takes 0.3 s and 55 MB, which other files do not need.
+    from util.data.parquet import ParquetRows
+
+    nothing = np.zeros(0, np.int64)
+    file = DataFile(path, rate, data, nothing, nothing)
+    try:
+        file.rows = ParquetRows(file.read, file.num_bytes)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: is not a Parquet file that can be read: {error}") from error
+    if not len(file.rows):
+        raise UserError(f"{path}: holds no records")
+    if file.rows.largest_group > LARGE_GROUP:
+        logger.warning(
+            f"{path}: its row groups have up to {file.rows.largest_group >> 20:,} MiB. Every "
+            "process that reads may hold one, and half of one is read for every sample: write it "
+            "with a smaller row_group_size"
+        )
+    file.starts = file.ends = np.arange(len(file.rows))
+    return file
 
 
 def _find_lines(path: str, file: FileIO) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -122,8 +122,7 @@ FIRST_BYTES = {
     rb"(?i)\s*<(!doctype html|html)": "a web page, as servers send for a file: fetch it anew",
     rb"\s*<(\?xml|svg)": "XML: convert a drawing (SVG) to PNG, fetch anew what a server refused",
     rb"....ftyp(heic|heix|mif1|msf1)": "a HEIC picture: convert it to JPEG",
-    rb"PAR1": "a Parquet file: datasets.Dataset.from_parquet(FILE).to_json('data.jsonl') "
-    "converts it",
+    rb"PAR1": "a Parquet file: the name of one with data must end in .parquet",
     rb"ARROW1|\xff{4}": "an Arrow file: datasets.Dataset.from_file(FILE).to_json('data.jsonl') "
     "converts it",
     rb"\x1f\x8b": "compressed: `gunzip` unpacks it",
