@@ -373,6 +373,8 @@ def test_media_as_openai_trl_and_hugging_face_write_them():
     assert list(keys.ignored_keys(record)) == ["item.detail"]
     with pytest.raises(ValueError, match="item 0: unknown key 'size'"):
         parse_conversation({"messages": [user(url | {"size": 9})]})
+    with pytest.raises(ValueError, match='item 0: both "image" and "image_url"'):
+        parse_conversation({"messages": [user(url | {"image": "b.png"})]})
     picture = b"\x89PNG"
     record = {"messages": [user(empty), assistant("x")], "image": {"bytes": picture, "path": "a"}}
     assert parse_conversation(record)[0]["content"] == [{"type": "image", "image": picture}]
@@ -386,6 +388,7 @@ def test_media_as_openai_trl_and_hugging_face_write_them():
         ({"tools": "[]"}, {}, 'a key "tools": tools are not trained'),
         ({"audios": ["a.wav"]}, {}, "sound is not read"),
         ({"rejected_response": "No."}, {}, "pairs are not trained"),
+        ({"kto_tag": False}, {}, "pairs are not trained"),
         ({}, {"tool_calls": [{"id": 1}]}, 'message 1: has a key "tool_calls"'),
         ({}, {"reasoning": "Hm"}, 'is read from "reasoning_content"'),
         ({}, {"reasoning_content": ["Hm"]}, "message 1: .*must be a string"),

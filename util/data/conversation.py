@@ -200,6 +200,8 @@ def _parse_item(where: str, item, may_be_empty: bool = False) -> dict:
     kind = item.get("type")
     if kind in ("image_url", "video_url"):  # of OpenAI
         url, kind = item.pop(kind, None), kind.removesuffix("_url")
+        if kind in item:
+            raise ValueError(f'{where}: both "{kind}" and "{kind}_url": use one of them')
         item |= {"type": kind, kind: url}
     if kind not in ("text", *MEDIA_TYPES):
         raise ValueError(f"{where}: unknown type {kind!r}: use text, image or video")

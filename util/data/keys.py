@@ -20,6 +20,8 @@ REFUSED_IN_RECORDS = {
     **dict.fromkeys(("tools", "functions"), _NO_TOOLS),
     **dict.fromkeys(("audio", "audios"), _NO_SOUND),
     **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), _NO_PAIRS),
+    **dict.fromkeys(("rejected_images", "kto_tag"), _NO_PAIRS),
+    **dict.fromkeys(("positive_messages", "negative_messages"), _NO_PAIRS),
     "history": "earlier turns belong into the list of messages",
 }
 REFUSED_IN_MESSAGES = {
