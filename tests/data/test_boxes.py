@@ -38,6 +38,7 @@ EXPECTED = {
         '{"bbox_2d": [100, 100, 500, 500], "label": "cat"}',
     ],
 }
+EXPECTED["qwen3_5"] = EXPECTED["qwen3_vl"]
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ def test_boxes_are_written_before_answers_are_scored(tiny_folder, pictures, tmp_
     assert [p.reference for p in load_prompts(str(path), data.samples.encoder)] == expected
     assert held_out_answers(data, 3) == dict(enumerate(expected))
     assert _read_prompts(data, [0, 1, 2])[1:] == (expected, [])
-    print_oddities(Records([str(path)]))
+    print_oddities(Records([str(path)]), data.index)
     assert f"duplicates: 1\n  {path}: line 3 repeats {path}: line 1\n" in capsys.readouterr().out
     # What is wrong since then is told with the prompt, and ends the run where no step can go on.
     picture.unlink()

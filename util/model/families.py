@@ -212,15 +212,16 @@ def convert_box(
     """Return a box in pixels, (x1, y1, x2, y2), in the coordinates that a family was trained on.
 
     `size` is the (height, width) of the picture as it is shown, `resized` what
-    `PixelPolicy.image_size` makes of it, `model_type` that of the model's config: qwen2_vl and
-    qwen3_vl count thousandths of the picture, qwen2_5_vl pixels of the resized picture. Points,
-    (x, y), convert alike. Sources: the Qwen2-VL report, arXiv 2409.12191 (normalized to 1000);
-    the Qwen2.5-VL report, arXiv 2502.13923 (absolute); 2d_grounding.ipynb of QwenLM/Qwen3-VL.
+    `PixelPolicy.image_size` makes of it, `model_type` that of the model's config: qwen2_5_vl counts
+    pixels of the resized picture, the others thousandths of the picture. Points, (x, y), convert
+    alike. Sources: the Qwen2-VL report, arXiv 2409.12191 (normalized to 1000); the Qwen2.5-VL
+    report, arXiv 2502.13923 (absolute); 2d_grounding.ipynb of QwenLM/Qwen3-VL; for Qwen3.5, issue 4
+    of QwenLM/Qwen3.8-Flash-Next (still relative, to 1000).
     """
-    scales = {"qwen2_vl": (1000, 1000), "qwen3_vl": (1000, 1000), "qwen2_5_vl": resized}
-    if model_type not in scales:
-        raise ValueError(f"boxes of {model_type} are not known: use one of {', '.join(scales)}")
-    (height, width), (to_height, to_width) = size, scales[model_type]
+    if model_type not in FAMILIES:
+        raise ValueError(f"boxes of {model_type} are not known: use one of {', '.join(FAMILIES)}")
+    to_height, to_width = resized if model_type == "qwen2_5_vl" else (1000, 1000)
+    height, width = size
     converted = []
     for i, value in enumerate(box):
         old, new = (height, to_height) if i % 2 else (width, to_width)
