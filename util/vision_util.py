@@ -353,3 +353,16 @@ def patchify(frames: torch.Tensor, policy: PixelPolicy) -> torch.Tensor:
         grid_t, depth, 3, grid_h // merge, merge, patch, grid_w // merge, merge, patch
     )
     return patches.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, policy.patch_dim)
+
+
+def unpatchify(
+    patches: torch.Tensor, grid: tuple[int, int, int], policy: PixelPolicy
+) -> torch.Tensor:
+    """Return the frames that `patchify` has cut: (grid_t * depth, 3, height, width)."""
+    depth, patch, merge = policy.temporal_patch_size, policy.patch_size, policy.merge_size
+    grid_t, grid_h, grid_w = grid
+    frames = patches.reshape(
+        grid_t, grid_h // merge, grid_w // merge, merge, merge, 3, depth, patch, patch
+    )
+    frames = frames.permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
+    return frames.reshape(grid_t * depth, 3, grid_h * patch, grid_w * patch)

@@ -10,8 +10,15 @@ from qwen_vl_utils import vision_process as qwen
 
 import zoo
 from helpers import POLICY, image, video
-from util.model.families import convert_box
-from util.vision_util import frame_indices, load_media, probe_media, smart_resize
+from util.model.families import convert_box, read_boxes
+from util.vision_util import (
+    frame_indices,
+    load_frames,
+    load_media,
+    probe_media,
+    smart_resize,
+    unpatchify,
+)
 
 SIDES = st.integers(1, 3000)
 
@@ -174,3 +181,41 @@ def test_boxes():
     assert convert_box([-5, 600], size, resized, "qwen2_vl") == [0, 1000]
     with pytest.raises(ValueError, match="llava"):
         convert_box(box, size, resized, "llava")
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_boxes_are_read_in_the_units_they_are_converted_to(model_type):
+    x1, y1, x2, y2 = convert_box([100, 50, 1000, 500], (500, 1000), (140, 308), model_type)
+    box, point = pytest.approx([0.1, 0.1, 1, 1], abs=2e-3), pytest.approx([0.1, 0.1], abs=2e-3)
+    name = "<|object_ref_start|>a < b<|object_ref_end|>"
+    tokens = f"<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>"
+    json = f'{{"bbox_2d": [{x1}, {y1}, {x2}, {y2}], "label": "a \\"b\\", c"}}'
+    texts = {
+        f"See {name}{tokens}{tokens} and {tokens}.": [("a < b", box)] * 2 + [("", box)],
+        f"<|box_start|>({x1}, {y1})<|box_end|>": [("", point)],
+        f"```json\n[{json},\n{json}]\n```": [('a \\"b\\", c', box)] * 2,
+        f"[{{'label': 'c', 'point_2d': [{x1}.0,{y1}.0]}}]": [("c", point)],
+        f"It is [{x1}, {y1}, {x2}, {y2}].": [("", box)] * (model_type != "qwen2_vl"),
+        "<|box_start|>(1,2),(3)<|box_end|> [1, 2, 3] {'bbox_2d': 4} <|box_end|>": [],
+    }
+    for text, expected in texts.items():
+        assert read_boxes(text, (140, 308), model_type) == expected
+    outside = f"<|box_start|>(0,0),({x2 * 2},{y2})<|box_end|>"
+    assert read_boxes(outside, (140, 308), model_type) == [("", pytest.approx([0, 0, 2, 1]))]
+    assert read_boxes("No box.", (140, 308), "llava") == []
+    with pytest.raises(ValueError, match="boxes of llava are not known"):
+        read_boxes(outside, (140, 308), "llava")
+
+
+def test_patches_are_put_together_again(clips):
+    for item in (
+        image(Image.effect_noise((60, 90), 99)),
+        video(zoo.make_zoo_clip(clips, "h264.mp4")),
+    ):
+        patches, shape = load_media(item, POLICY)
+        frames = load_frames(item, POLICY)
+        whole = unpatchify(patches, shape.grid, POLICY)
+        assert torch.equal(whole[: len(frames)], frames)
+        assert torch.equal(
+            whole[len(frames) :], frames[-1:].expand(len(whole) - len(frames), -1, -1, -1)
+        )

@@ -24,6 +24,14 @@ from util.vision_util import MAX_VIDEO_TOKENS, PixelPolicy
 
 logger = logging.getLogger("finetune")
 
+# Boxes in a text: a name for those that follow, a box between tokens, an object of JSON, or, where
+# boxes are JSON, a list of four alone.
+WRITTEN_BOX = re.compile(
+    r"<\|object_ref_start\|>(?P<name>(?:[^<]|<(?!\|))*)<\|object_ref_end\|>"
+    r"|<\|box_start\|>(?P<tokens>[^<]*)<\|box_end\|>"
+    r"|\{(?P<json>[^{}]*_2d\b[^{}]*)\}|\[(?P<list>\d+(?:,\s*\d+){3})\]"
+)
+
 # The model types that are trained. tests/model/test_families.py goes through all of them.
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 
@@ -206,6 +214,13 @@ def takes_seconds_per_grid(processor) -> bool:
     return "second_per_grid_ts" in processor.model_input_names
 
 
+def _box_scale(resized: tuple[int, int], model_type: str) -> tuple[int, int]:
+    """Return the (height, width) of a picture in the units in which a family counts boxes."""
+    if model_type not in FAMILIES:
+        raise ValueError(f"boxes of {model_type} are not known: use one of {', '.join(FAMILIES)}")
+    return resized if model_type == "qwen2_5_vl" else (1000, 1000)
+
+
 def convert_box(
     box: list[float], size: tuple[int, int], resized: tuple[int, int], model_type: str
 ) -> list[int]:
@@ -218,10 +233,7 @@ def convert_box(
     report, arXiv 2502.13923 (absolute); 2d_grounding.ipynb of QwenLM/Qwen3-VL; for Qwen3.5, issue 4
     of QwenLM/Qwen3.8-Flash-Next (still relative, to 1000).
     """
-    if model_type not in FAMILIES:
-        raise ValueError(f"boxes of {model_type} are not known: use one of {', '.join(FAMILIES)}")
-    to_height, to_width = resized if model_type == "qwen2_5_vl" else (1000, 1000)
-    height, width = size
+    (height, width), (to_height, to_width) = size, _box_scale(resized, model_type)
     converted = []
     for i, value in enumerate(box):
         old, new = (height, to_height) if i % 2 else (width, to_width)
@@ -251,3 +263,31 @@ def write_boxes(name: str | None, boxes: list[Box], model_type: str) -> str:
     keys = ["bbox_2d" if len(box) == 4 else "point_2d" for box in numbers]
     rows = [{key: box, "label": name} for key, box in zip(keys, numbers)]
     return ", ".join(json.dumps(row, ensure_ascii=False) for row in rows)
+
+
+def read_boxes(
+    text: str, resized: tuple[int, int], model_type: str
+) -> list[tuple[str, list[float]]]:
+    """Return the (name, box) of every box in a text, as shares of the picture.
+
+    A box is x1, y1, x2, y2, a point x, y, in the units of `convert_box`; they are as they stand:
+    out of 0 to 1 where they leave the picture. What `write_boxes` writes for one family is read for
+    all: data can be written for another one. Raises ValueError where the units are not known.
+    """
+    boxes, name, end = [], "", 0
+    for match in WRITTEN_BOX.finditer(text):
+        kind, found = match.lastgroup, match[match.lastgroup]
+        name = name if match.start() == end else ""  # several boxes can follow one name
+        end = match.end()
+        if kind == "name":
+            name = found
+        if kind == "json":
+            label = re.search(r"""["']label["']\s*:\s*(["'])((?:\\.|(?!\1).)*)""", found)
+            name = label[2] if label else ""
+            found = re.search(r"(?:bbox|point)_2d\W*\[([^]]*)|$", found)[1] or ""
+        numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", found)]
+        is_box = kind in ("tokens", "json") or (kind == "list" and model_type != "qwen2_vl")
+        if is_box and len(numbers) in (2, 4):
+            height, width = _box_scale(resized, model_type)
+            boxes.append((name, [n / (height if i % 2 else width) for i, n in enumerate(numbers)]))
+    return boxes
