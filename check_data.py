@@ -2,6 +2,7 @@
 
     python check_data.py --train_data train_data/data.json
     python check_data.py --train_data train_data/data.json --show 3
+    python check_data.py --train_data train_data/data.json --page data.html
     python check_data.py --train_data train_data/data.json --plan 24
 
 Exit code 1 when something is wrong. Takes all flags of finetune.py: those on tokens and pixels
@@ -31,10 +32,11 @@ from util.data.conversation import parse_conversation, text_of
 from util.data.files import Records
 from util.data.index import Index, build_index, check_lengths, decode_all
 from util.data.keys import ignored_keys
-from util.data.sample import IGNORE, Sample, SampleEncoder
+from util.data.sample import Sample, SampleEncoder
 from util.media.image import Remark
 from util.model.load import build_encoder, find_model, find_model_to_train, load_processor
 from util.run import choose_device, run_main
+from util.tools.data_page import CheckedFiles, make_cards, token_runs, write_data_page
 from util.tools.flops import PUBLISHED_SHAPES, FlopCounter, published_config
 from util.tools.planner import fitting_flags, plan_memory
 
@@ -53,18 +55,12 @@ def show_sample(encoder: SampleEncoder, records: Records, i: int) -> Sample:
         sample = encoder.encode(records[i], records.folder(i))
     except ValueError as error:
         raise UserError(f"{records.where(i)}: {error}") from error
-    input_ids, labels = sample.input_ids, sample.labels
-    # Runs of tokens that are alike: one placeholder, or all trained, or all not.
-    media = encoder.token_types(input_ids) * input_ids
-    kinds = torch.stack([media, labels != IGNORE])
-    starts = (kinds[:, 1:] != kinds[:, :-1]).any(0).nonzero()[:, 0] + 1
-    for run in torch.arange(len(input_ids)).tensor_split(starts):
-        ids = input_ids[run]
-        if media[run[0]]:
+    for ids, media_type, is_trained in token_runs(encoder, sample):
+        if media_type:
             print(f"{encoder.tokenizer.decode(ids[:1])} x {len(ids)}", end="")
         else:
             text = make_visible(encoder.tokenizer.decode(ids))
-            print(f"[[{text}]]" if labels[run[0]] != IGNORE else text, end="")
+            print(f"[[{text}]]" if is_trained else text, end="")
     return sample
 
 
@@ -116,20 +112,23 @@ def print_oddities(records: Records, index: Index, most: int = 10) -> None:
         print(make_visible(f"keys that are not read: {counts}"))
 
 
-def check_files(names: list[str], encoder: SampleEncoder, config: Config, decode: bool) -> int:
-    """Print all that is wrong with the data files `names`; return the number of problems."""
+def check_files(names: list[str], encoder: SampleEncoder, config: Config, extra) -> CheckedFiles:
+    """Print all that is wrong with the data files `names`, and return it."""
     records = Records(names)
     index, problems = build_index(records, encoder)
     problems += check_lengths(records, index, config.max_tokens, encoder)
-    if decode:
+    if extra.decode:
         problems += decode_all(records, index, config.max_tokens, encoder)
+    cards, found = [], []
+    if extra.page:
+        cards, found = make_cards(records, problems, encoder, extra.page_samples)
     if index.num_tokens.any():
         print(make_visible(f"{' '.join(names)}: {index.summary()}"))
         print_lengths(index)
     print_oddities(records, index)
-    for problem in problems:
+    for problem in problems + found:
         print(make_visible(f"problem: {problem}"))
-    return len(problems)
+    return CheckedFiles(records, index, problems + found, cards)
 
 
 def load_for_plan(config: Config):
@@ -199,10 +198,13 @@ def print_compute(model_config, config: Config, data: PlannedData) -> None:
 
 def add_flags(parser) -> None:
     """Add the flags that finetune.py does not have."""
-    parser.add_argument("--show", type=int, metavar="N", help="print sample N (from 0) and end")
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--show", type=int, metavar="N", help="print sample N (from 0) and end")
+    what.add_argument(
         "--plan", type=float, metavar="GIB", help="tell what a step needs on a card of so much"
     )
+    what.add_argument("--page", metavar="FILE.html", help="write samples as the model gets them")
+    parser.add_argument("--page_samples", type=int, default=50, metavar="N", help="the first N")
     parser.add_argument("--decode", action="store_true", help="decode all media, every frame used")
 
 
@@ -212,11 +214,12 @@ def main() -> None:
     if config.model_name_or_path is None and device.type == "cpu":
         print(TINY_NOTICE)
     config = fill_defaults(config, device.type)
-    print(
+    reading = (
         f"as {config.model_name_or_path} reads it: images of {config.min_pixels} to "
         f"{config.max_pixels} pixels, video frames up to {config.video_max_pixels} at "
         f"{config.video_fps:g} a second, at most {config.max_tokens:,} tokens a sample"
     )
+    print(reading)
     if extra.plan is not None:
         return print_plan(config, extra.plan)
     folder = find_model_to_train(config.model_name_or_path, with_weights=False)
@@ -225,10 +228,11 @@ def main() -> None:
         sample = show_sample(encoder, Records(config.train_data), extra.show)
         ids = {"input_ids": sample.input_ids.tolist(), "labels": sample.labels.tolist()}
         return print(json.dumps(ids))
-    num_problems = check_files(config.train_data, encoder, config, extra.decode)
-    if config.eval_data:
-        num_problems += check_files(config.eval_data, encoder, config, extra.decode)
-    if num_problems:
+    files = [names for names in (config.train_data, config.eval_data) if names]
+    checked = [check_files(names, encoder, config, extra) for names in files]
+    if extra.page:
+        write_data_page(extra.page, checked, reading, config.max_tokens - encoder.num_dummy_tokens)
+    if num_problems := sum(len(part.problems) for part in checked):
         count = f"{num_problems} problem{'s' if num_problems > 1 else ''}"
         raise UserError(f"{count}: correct the data, or train with --on_bad_sample skip")
     print("all good. Sample 0, what is trained in [[ ]]:")

@@ -9,24 +9,18 @@ the folder of the answers.
 """
 
 import argparse
-import base64
-import hashlib
 import json
 import math
 import os
-import re
 from itertools import zip_longest
 from pathlib import Path
-
-import jinja2
 
 from util.config import UserError, make_visible
 from util.data.conversation import media_of, parse_conversation, text_of
 from util.run import run_main
-from util.tools.page import draw_curves, embed, mark_differences
+from util.tools.page import draw_curves, embed, mark_differences, render_page, write_page
 from util.tools.scores import Metric, character_error_rate, exact_match, load_metric, score_all
 
-TEMPLATE = Path(__file__).parent / "util" / "tools" / "compare_template.html"
 MAX_TEXT = 100_000  # characters; to compare two such texts takes two minutes
 
 
@@ -117,20 +111,8 @@ def compare_prompt(
     }
 
 
-def policy_hashes(source: str) -> dict[str, str]:
-    """Return the hashes that let the page's own style and script run, and nothing that slips in.
-
-    Source: https://developer.mozilla.org/en-US/docs/Web/HTTP/Guides/CSP, hashes.
-    """
-    hashes = {}
-    for name in ("style", "script"):
-        content = re.search(f"<{name}>(.*?)</{name}>", source, re.S)[1]
-        hashes[name] = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-    return hashes
-
-
 def render(files: list[dict], metric: Metric | None) -> str:
-    """Return the page. The template escapes everything that comes from data or models."""
+    """Return the page."""
     folder = Path(files[0]["path"]).parent
     pairs, clip_sizes = zip(*(file["answers"] for file in files)), []
     prompts = [compare_prompt(pair, folder, metric, clip_sizes) for pair in pairs]
@@ -145,17 +127,13 @@ def render(files: list[dict], metric: Metric | None) -> str:
         settings.append({"name": name, "values": values, "differs": values[0] != values[1]})
     names = ("all", "changed", "better", "worse")
     filters = [(name, sum(name in prompt["groups"] for prompt in prompts)) for name in names]
-    source = TEMPLATE.read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.from_string(source).render(
+    return render_page(
+        "compare_template.html",
         files=files,
         prompts=prompts,
         settings=settings,
         filters=filters,
         chart=draw_curves(files),
-        hashes=policy_hashes(source),
         has_metric=metric is not None,
     )
 
@@ -173,21 +151,14 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     metric = load_metric(arguments.metric)
-    if Path(arguments.output).resolve() in (
-        Path(p).resolve() for p in (arguments.first, arguments.second)
-    ):
-        raise UserError(f"--output {arguments.output}: would overwrite the answers")
     files = [load_answers(arguments.first), load_answers(arguments.second)]
     check_same_prompts(files)
     for file, other in zip(files, reversed(files)):
         stem, other_stem = Path(file["path"]).stem, Path(other["path"]).stem
         file["label"] = stem if stem != other_stem else os.path.splitext(file["path"])[0]
+    contents = f"{len(files[0]['answers'])} prompts"
     page = render(files, metric)
-    try:
-        Path(arguments.output).write_text(page, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"--output {arguments.output}: cannot be written: {error}") from error
-    print(f"{arguments.output}: {len(files[0]['answers'])} prompts, {len(page) / 2**10:,.0f} KiB")
+    write_page(arguments.output, page, contents, [file["path"] for file in files])
 
 
 if __name__ == "__main__":

@@ -195,6 +195,11 @@ def undamaged_steps(output_dir) -> list[int]:
     return [int(path.name.removeprefix("checkpoint-")) for path in checkpoints]
 
 
+def shown(page) -> list[str]:
+    """Return the titles of what a page in a browser shows."""
+    return [h2.text_content() for h2 in page.locator("article:visible h2").all()]
+
+
 # ------------------------------------------------------------------ data that tests make
 
 

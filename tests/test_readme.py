@@ -109,6 +109,8 @@ def test_every_other_command_runs(command, tmp_path, short_run, adapter_run):
         words[words.index("--save") + 1] = str(tmp_path / "answers.json")
     if words[1].startswith("test_on"):
         words += ["--max_new_tokens", "2"]
+    if "--page" in words:
+        words[words.index("--page") + 1] = str(tmp_path / "data.html")
     if words[1] == "compare.py":
         options = ("--max_new_tokens", 2, "--save", tmp_path / "answers.json")
         run_script("test_on_official_model.py", "--model_name_or_path", "tiny", *options)

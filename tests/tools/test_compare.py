@@ -397,14 +397,14 @@ def test_clips_that_cannot_be_embedded_show_a_frame(answers, make_page, monkeypa
 def test_a_page_holds_so_many_bytes_of_clips_and_no_more(answers, make_page, monkeypatch, capsys):
     saved = edited(answers[0], (0, {"messages": [user(*[video("clip.mp4")] * 3)]}))
     size = (answers[0].parent / "clip.mp4").stat().st_size
-    monkeypatch.setattr("util.tools.page.MAX_ALL_CLIPS_BYTES", 2 * size)
+    monkeypatch.setattr("util.tools.page.MAX_MEDIA_BYTES", 2 * size)
     page = make_page(saved, saved)
     assert page.count("<video") == 2 and page.count("MiB of clips at most") == 2
     assert capsys.readouterr().err.count("clip.mp4: one frame: the page holds") == 2
 
 
 def test_the_answers_are_not_overwritten(answers):
-    with pytest.raises(UserError, match="would overwrite the answers"):
+    with pytest.raises(UserError, match="would overwrite what"):
         call(compare, *answers, "--output", answers[1])
 
 

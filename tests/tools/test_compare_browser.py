@@ -11,20 +11,9 @@ import compare
 import finetune
 import test_on_official_model
 import test_on_trained_model_by_us
-from helpers import REPO, call
+from helpers import REPO, call, shown
 
-playwright_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium"
-)
-# Chromium's own calls home are off, so that a request that is seen is the page's.
-ARGUMENTS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
 UPDATE = os.environ.get("UPDATE_SCREENSHOTS") == "1"
-SIZES = {"light": (1200, 1000), "dark": (1200, 1000), "phone": (390, 844)}
 
 
 def all_prompts() -> list[dict]:
@@ -42,7 +31,7 @@ def all_prompts() -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def page_files(tmp_path_factory):
+def page_files(browser, tmp_path_factory):
     """A short run on train_data, answered and compared: (page, base answers, trained answers)."""
     folder = tmp_path_factory.mktemp("browser")
     (folder / "prompts.json").write_text(json.dumps(all_prompts()))
@@ -65,45 +54,6 @@ def page_files(tmp_path_factory):
         shutil.copy(folder / run / "loss.png", REPO / "docs" / "loss.png")
     paths = [folder / name for name in ("compare.html", "base.json", "trained.json")]
     return paths
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_page(browser):
-    """Open a file at a size of SIZES; afterwards nothing may have failed or left the page."""
-    contexts, complaints, addresses = [], [], []
-
-    def open_(path, size="light"):
-        width, height = SIZES[size]
-        context = browser.new_context(
-            viewport={"width": width, "height": height},
-            color_scheme="dark" if size == "dark" else "light",
-        )
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: addresses.append(request.url))
-        page.goto(path.as_uri())
-        return page
-
-    yield open_
-    for context in contexts:
-        context.close()
-    assert complaints == []
-    assert {address.split(":")[0] for address in addresses} <= {"file", "data"}
-    assert sum(address.startswith("file") for address in addresses) == len(contexts)
-
-
-def shown(page):
-    return [h2.text_content() for h2 in page.locator("article:visible h2").all()]
 
 
 def test_filters(page_files, open_page):
@@ -174,10 +124,10 @@ def test_the_loss_curve_and_the_settings(page_files, open_page):
     assert page.get_by_text("max_new_tokens").is_visible()
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ["light", "dark", "phone"])
 def test_looks(page_files, open_page, size, tmp_path):
     page = open_page(page_files[0], size)
-    width = SIZES[size][0]
+    width = page.viewport_size["width"]
     # Nothing sticks out to the side.
     assert page.evaluate("document.documentElement.scrollWidth") == width
     first, second = (page.locator(f"article .answer.{side}").first for side in ("first", "second"))

@@ -1,25 +1,29 @@
-"""What the comparison page shows beside text: pictures, clips, marked words, loss curves."""
+"""Pages that open anywhere, without network: their frame, pictures, clips, loss curves."""
 
 import base64
 import difflib
+import hashlib
 import io
 import json
 import math
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+import jinja2
 import torch
 from PIL import Image
 
-from util.config import make_visible
+from util.config import UserError, make_visible
 from util.media.image import read_image
 from util.media.source import check_local_file, describe, local_path, resolve
 from util.media.video_reader import VideoReader
 
+TEMPLATES = Path(__file__).parent
 MAX_PICTURE_SIDE = 720  # pixels; larger pictures are shrunk
 MAX_CLIP_BYTES = 16 * 2**20  # larger clips are shown by one frame
-MAX_ALL_CLIPS_BYTES = 64 * 2**20  # so are clips that would make the page hold more than this
+MAX_MEDIA_BYTES = 64 * 2**20  # so are clips that would make the page hold more than this
 MAX_METRICS_BYTES = 256 * 2**20
 MAX_FRAMES_SHOWN = 4  # of a clip that is a list of pictures
 # What browsers play. Phones write .mov, which is .mp4 under another name.
@@ -27,6 +31,42 @@ CLIP_TYPES = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mp4", ".webm": "webm", ".og
 # A word of text, or one character of a script that is written without spaces (Chinese, Japanese).
 CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 WORD = re.compile(rf"[{CJK}]|[^\W{CJK}]+|\s+|.")
+
+
+def render_page(template: str, **values) -> str:
+    """Return the page of a template beside this file: page_template.html is around it.
+
+    Everything that comes from data or models is escaped. Hashes let the page's own style and
+    script run, and nothing that slips in.
+    Source: https://developer.mozilla.org/en-US/docs/Web/HTTP/Guides/CSP, hashes.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    source = (TEMPLATES / "page_template.html").read_text(encoding="utf-8")
+    hashes = {}
+    for name in ("style", "script"):
+        content = re.search(f"<{name}>(.*?)</{name}>", source, re.S)[1]
+        hashes[name] = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+    return environment.get_template(template).render(**values, hashes=hashes)
+
+
+def write_page(path: str, page: str, contents: str, sources: list[str]) -> None:
+    """Write a page, and print its path, `contents` and size.
+
+    Raises UserError where that fails, or `path` is a file that the page was made from.
+    """
+    if Path(path).resolve() in {Path(source).resolve() for source in sources}:
+        raise UserError(f"{path}: would overwrite what the page is made from: name another file")
+    try:
+        Path(path).write_text(page, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}") from error
+    print(f"{path}: {contents}, {len(page) / 2**10:,.0f} KiB")
 
 
 def mark_differences(first: str, second: str) -> list[list[tuple[str, bool]]]:
@@ -54,14 +94,14 @@ def data_uri(content: bytes, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
-def picture_uri(pictures: list[torch.Tensor]) -> str:
+def picture_uri(pictures: Iterable[torch.Tensor], max_side: int = MAX_PICTURE_SIDE) -> str:
     """Return pictures (3, height, width) uint8, side by side and shrunk, as a data URI."""
     images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
     widths, height = [image.width for image in images], max(image.height for image in images)
     strip = Image.new("RGB", (sum(widths), height))
     for i, image in enumerate(images):
         strip.paste(image, (sum(widths[:i]), 0))
-    strip.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))
+    strip.thumbnail((max_side, max_side))
     buffer = io.BytesIO()
     strip.save(buffer, "JPEG", quality=85)
     return data_uri(buffer.getvalue(), "image/jpeg")
@@ -94,8 +134,8 @@ def embed(item: dict, folder: Path, sizes: list[int]) -> dict:
         size = Path(found).stat().st_size
         if size > MAX_CLIP_BYTES:
             return media | {"note": f"one frame: over {MAX_CLIP_BYTES >> 20} MiB, not embedded"}
-        if sum(sizes) + size > MAX_ALL_CLIPS_BYTES:
-            note = f"one frame: the page holds {MAX_ALL_CLIPS_BYTES >> 20} MiB of clips at most"
+        if sum(sizes) + size > MAX_MEDIA_BYTES:
+            note = f"one frame: the page holds {MAX_MEDIA_BYTES >> 20} MiB of clips at most"
             print(f"warning: {describe(source)}: {note}", file=sys.stderr)
             return media | {"note": note}
         sizes.append(size)
