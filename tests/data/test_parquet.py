@@ -144,11 +144,11 @@ def test_what_is_wrong_inside_is_told_when_it_is_read(tmp_path, caplog, monkeypa
 
 def test_pictures_inside_go_into_checks_and_saved_answers(tiny_folder, tmp_path, capsys):
     path = write(tmp_path / "a.parquet", [*rows(3), *rows(2)])
-    print_oddities(Records([path]))
+    encoder, saved = encoder_for(tiny_folder), str(tmp_path / "a.json")
+    print_oddities(Records([path]), build_index(Records([path]), encoder)[0])
     printed = capsys.readouterr().out
     assert f"duplicates: 2\n  {path}: sample 3 repeats {path}: sample 0\n" in printed
     assert "keys that are not read: id (5)" in printed
-    encoder, saved = encoder_for(tiny_folder), str(tmp_path / "a.json")
     prompts = load_prompts(path, encoder)
     answers = [answer_row(prompt, "A.", 1.0, encoder, tmp_path) for prompt in prompts]
     save_answers(SimpleNamespace(save=saved), "tiny", answers, {})

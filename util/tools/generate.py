@@ -49,7 +49,7 @@ class Prompt:
     id: str
     messages: list[dict]
     reference: str | None
-    thinking: bool
+    thinking: bool = False
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
