@@ -163,11 +163,7 @@ def _show_conversation(
                 is_answered = False
             continue
         for item in before:
-            try:
-                boxes = read_boxes(text, item["size"], encoder.model_type)
-            except ValueError as error:
-                item["note"] = f"No box is drawn: {error}"
-                continue
+            boxes = read_boxes(text, item["size"], encoder.model_type)
             item["boxes"] += [_show_box(name, box, is_trained) for name, box in boxes]
             if boxes and len(before) > 1:
                 item["note"] = "No notation tells which picture a box is in: all have all boxes"
