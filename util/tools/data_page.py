@@ -90,6 +90,7 @@ def _show_record(records: Records, i: int) -> str:
         text = json.dumps(records[i], ensure_ascii=False, default=describe)
     except ValueError:  # the problem says so
         return ""
+    text = re.sub(r'("data:.{50})[^"]*', r"\1...", text)
     return make_visible(text[:MAX_RECORD] + ("..." if len(text) > MAX_RECORD else ""))
 
 
