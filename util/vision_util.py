@@ -292,10 +292,14 @@ def frame_indices(item: dict, reader: VideoReader, policy: PixelPolicy) -> list[
     nearest = np.interp(times, seconds[inside], inside).round(4).round().astype(int)
     # Half a millisecond more, as some containers round to milliseconds; gaps by two at most.
     on_screen = inside[np.searchsorted(seconds[inside], times + 5e-4, "right") - 1]
-    gaps = np.diff(seconds, append=seconds[-1])
+    return np.where(_stay(reader)[on_screen], on_screen, nearest).tolist()
+
+
+def _stay(reader: VideoReader) -> np.ndarray:
+    """Return whether each frame of a clip stays on screen for longer than a frame period."""
+    gaps = np.diff(reader.seconds, append=reader.seconds[-1])
     period = gaps[:-1].min(initial=math.inf)
-    stays = gaps[on_screen] > max(1.5 * period, period + 2e-3)
-    return np.where(stays, on_screen, nearest).tolist()
+    return gaps > max(1.5 * period, period + 2e-3)
 
 
 def _frames_inside(item: dict, reader: VideoReader) -> np.ndarray:
@@ -312,15 +316,18 @@ def clip_metadata(item: dict, reader: VideoReader, indices: list[int]) -> VideoM
     """Return when the frames `indices` of a clip are shown, as frame numbers at a constant rate.
 
     Times are numbers / fps, and the rate of the sampled frames is that of qwen-vl-utils. Where the
-    rate of the clip varies, a frame gets the number that belongs to its time, a fraction.
+    rate of the clip varies, a frame gets the number that belongs to its time, a fraction; one that
+    stays on screen, that of the time for which it was taken.
     """
     # Containers round times, at worst to milliseconds.
     own_numbers = np.arange(len(reader.seconds))
     is_constant = abs(reader.seconds - own_numbers / reader.fps) < 1e-3
     numbers = np.where(is_constant, own_numbers, reader.seconds * reader.fps)
     first, last = numbers[_frames_inside(item, reader)[[0, -1]]]
-    total = float(last - first + 1)
-    return VideoMetadata(total, reader.fps, frames_indices=numbers[indices].tolist())
+    taken_for = np.linspace(first, last, len(indices))
+    taken = numbers[indices]
+    taken = np.where(_stay(reader)[indices], np.maximum(taken, taken_for), taken)
+    return VideoMetadata(float(last - first + 1), reader.fps, frames_indices=taken.tolist())
 
 
 def list_metadata(item: dict, num_frames: int, policy: PixelPolicy) -> VideoMetadata:

@@ -156,7 +156,11 @@ def test_a_frame_that_stays_is_taken_for_as_long_as_it_stays(milliseconds):
     last = len(seconds) - 1
     reader = SimpleNamespace(seconds=seconds, fps=last / seconds[-1])
     long = int(np.diff(seconds).argmax())
-    assert frame_indices({"nframes": 4}, reader, POLICY) == [0, long, long, last]
+    indices = frame_indices({"nframes": 4}, reader, POLICY)
+    assert indices == [0, long, long, last]
+    # The model is told the times for which it is taken, not twice that when it came.
+    told = clip_metadata({}, reader, indices).timestamps
+    assert told == pytest.approx(np.linspace(0, seconds[-1], 4), abs=1e-3)
     # A constant rate, rounded to milliseconds, keeps the nearest frame, as qwen-vl-utils does.
     for rate in (0.5, 24000 / 1001, 25, 30, 60, 240):
         even = SimpleNamespace(seconds=(np.arange(100) / rate).round(3), fps=rate)
@@ -246,8 +250,13 @@ def test_frames_are_numbered_as_at_a_constant_rate(clips):
             assert reader.fps == zoo.CLIP_RATE and len(reader) == zoo.NUM_FRAMES, name
             assert reader.seconds == pytest.approx(np.arange(40) / 25, abs=6e-4)
     with VideoReader(zoo.make_zoo_clip(clips, "variable_rate.mp4")) as reader:
-        got = clip_metadata({}, reader, [0, 7, 20, 39])
-        assert got.timestamps == pytest.approx(reader.seconds[[0, 7, 20, 39]], abs=1e-3)
+        indices = frame_indices({"nframes": 4}, reader, POLICY)
+        got = clip_metadata({}, reader, indices)
+        wanted = np.linspace(0, reader.seconds[-1], 4)
+        stay = np.diff(reader.seconds, append=reader.seconds[-1])[indices] > 0.06
+        assert stay.any() and not stay.all()
+        expected = np.where(stay, wanted, reader.seconds[indices])
+        assert got.timestamps == pytest.approx(expected, abs=1e-3)
         assert got.sampled_fps == pytest.approx(4 / (reader.seconds[-1] + 1 / reader.fps))
 
 
