@@ -29,13 +29,14 @@ import torch
 
 from util.checkpoint import (
     begin_or_resume,
+    compare_with_best,
     finish_run,
     load_checkpoint,
     open_run,
     save_checkpoint,
 )
 from util.config import UserError, parse_config
-from util.data.batch import load_micro_batches, prepare_data, refuse_bad_samples, refuse_bad_step
+from util.data.batch import load_micro_batches, prepare_data, refuse_bad_samples
 from util.logutil import RunLog
 from util.model.inputs import InputBuilder
 from util.model.load import (
@@ -90,6 +91,10 @@ def train(config, model, processor, data, eval_data, num_steps, device, checkpoi
         log.evaluation(first_step, scores)
         if stop.name:
             stop.end_process(first_step, bool(checkpoint), config.output_dir)
+        eval_loss = scores["eval_loss"]
+        save_checkpoint(first_step, model, optimizer, processor, config, data, eval_loss)
+    if compare_with_best(first_step, eval_loss, config)[1]:
+        num_steps = first_step
 
     for step in data.plan.steps(first_step, num_steps):
         started, global_step = time.perf_counter(), step.global_step + 1
@@ -129,7 +134,7 @@ def train(config, model, processor, data, eval_data, num_steps, device, checkpoi
         try:
             refuse_bad_samples(problems, config, len(step.samples))
             if num_bad_steps > config.skip_bad_steps:
-                refuse_bad_step(step, loss, grad_norm)
+                step.refuse(loss, grad_norm)
         except UserError:
             # The steps before this one, unless they are saved already.
             save_checkpoint(step.global_step, model, optimizer, processor, config, data, eval_loss)
@@ -173,12 +178,17 @@ def train(config, model, processor, data, eval_data, num_steps, device, checkpoi
                 raise
             eval_loss = scores.get("eval_loss")
             log.evaluation(global_step, scores)
-        if stop.name or is_last or global_step % config.save_steps == 0:
+        # With --early_stopping, what may be the best of the run is saved at once.
+        is_best, is_over = compare_with_best(global_step, eval_loss, config)
+        if stop.name or is_last or is_best or is_over or global_step % config.save_steps == 0:
             is_saved = save_checkpoint(
                 global_step, model, optimizer, processor, config, data, eval_loss
             )
         if stop.name:
             stop.end_process(global_step, is_saved, config.output_dir)
+        if is_over:
+            num_steps = global_step
+            break
 
     # What is saved is not written again; where a full disk has refused it, this is the last chance.
     lost = log.close(is_saved)

@@ -166,6 +166,34 @@ def test_the_best_is_the_best_on_the_same_data_and_a_number(run, mixed_data):
     assert undamaged_steps(result.folder) == [5, 3]
 
 
+def test_early_stopping_ends_a_run_with_its_best_weights(run, mixed_data, caplog):
+    flags = {"early_stopping": 2, "eval_steps": 1, "keep_checkpoints": 1, "eval_data": [mixed_data]}
+    flags |= {"warmup_ratio": 1.0, "learning_rate": 0.5}  # too high after some steps
+    caplog.set_level("INFO", saving.logger.name)
+    straight = run("straight", **flags)
+    evaluated = dict(evaluations(straight)[1:])
+    best = min(evaluated, key=evaluated.get)
+    last = best + 2
+    assert list(evaluated) == list(range(1, last + 1)) and last < 20
+    assert f"not fallen since step {best}" in caplog.text
+    # A signal costs the evaluation of its step, which the resumed run makes up for. One that was
+    # at its end has nothing to do.
+    for name, stop_after in (("best", best), ("worse", best + 1), ("straight", None)):
+        if stop_after:
+            run(name, stop_after=stop_after, **flags)
+        checkpoint = straight.folder.with_name(name) / f"checkpoint-{stop_after or last}"
+        resumed = run(name, checkpoint=checkpoint, **flags)
+        assert losses(resumed) == losses(straight)
+        assert evaluations(resumed) == evaluations(straight)
+        assert undamaged_steps(resumed.folder) == [last, best]
+    saving.finish_run(straight.model, None, straight.config, 0)
+    kept, written = straight.folder / f"checkpoint-{best}", straight.folder / "model.safetensors"
+    assert written.read_bytes() == (kept / written.name).read_bytes()
+    assert written.read_bytes() != (checkpoint / written.name).read_bytes()
+    assert not (straight.folder / "resume").exists() and f"{kept}, held-out loss" in caplog.text
+    assert AutoProcessor.from_pretrained(straight.folder)
+
+
 def test_a_checkpoint_that_cannot_be_deleted_is_told_and_survived(run, monkeypatch, caplog):
     rmtree = shutil.rmtree
 

@@ -164,6 +164,8 @@ def runs(data) -> dict:
         | {"save_steps": 4, "max_steps": 4},
         "bf16": bf16,
         "bf16-lora": bf16 | {"lora_rank": 4},
+        "early": {"train_data": mixed, "eval_data": mixed, "eval_steps": 1, "early_stopping": 1}
+        | {"learning_rate": 0.5, "warmup_ratio": 1.0, "keep_checkpoints": 1},
     }
 
 
@@ -212,7 +214,7 @@ def two_ranks(data, runs, alone, tmp_path_factory):
         case(folder / "late", twenty, "stop late", end=str(EXIT_STOPPED)),
         case(folder / "evaluation", evaluated, "stop in evaluation", end=str(EXIT_STOPPED)),
         case(folder / "full", full, "fail to export"),
-        *(case(folder / name, runs[name]) for name in ("savers", "bf16", "bf16-lora")),
+        *(case(folder / name, runs[name]) for name in ("savers", "bf16", "bf16-lora", "early")),
         case(folder / "skip", runs["skip"], "measure badly"),
         # Mistakes, found in all places: every rank must raise them.
         case(folder / "size", {"shard_size": 3}, end="must divide the number of processes, 2"),
@@ -245,6 +247,19 @@ def test_two_ranks_train_the_adapter_of_one(two_ranks, alone):
     check_same_metrics(*folders)
     ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in folders)
     assert relative_difference(ours, theirs) < 1e-5
+
+
+def test_two_ranks_end_early_with_the_best_weights(two_ranks):
+    folder, rows = two_ranks / "early", read_metrics(two_ranks / "early")
+    losses = {
+        r["global_step"]: r["eval_loss"] for r in rows if r["global_step"] and "eval_loss" in r
+    }
+    best = min(losses, key=losses.get)
+    assert max(losses) == best + 1 < 20
+    assert undamaged_steps(folder) == [best + 1, best]
+    name = "model.safetensors"
+    kept = folder / f"checkpoint-{best}"
+    assert (folder / name).read_bytes() == (kept / name).read_bytes()
 
 
 @pytest.mark.slow

@@ -50,6 +50,7 @@ MACHINE_SETTINGS = {
     *("output_dir", "num_epochs", "max_steps", "max_tokens", "num_workers", "device"),
     *("save_steps", "keep_checkpoints", "resume_from", "skip_bad_steps", "eval_steps", "eval_data"),
     *("shard_size", "report_to", "gradient_checkpointing", "eval_generate", "metric"),
+    "early_stopping",
     "on_bad_sample",  # the data's digest tells which samples are left out
 }
 # Only what is trained; the rest is in the model that the run began with.
@@ -78,9 +79,9 @@ def save_checkpoint(
 ) -> bool:
     """Write checkpoint-<global_step> of a run and say whether it is there; old ones are deleted.
 
-    Before the first step there is nothing to save. `eval_loss`: of these weights, or None. Called
-    by all ranks. Where it fails (a full disk, a vanished folder), that is logged, nothing is left
-    of it, and earlier ones are untouched.
+    Before the first step there is nothing to save. `eval_loss`: of these weights, or None; one that
+    is there without gets it. Called by all ranks. Where it fails (a full disk, a vanished folder),
+    that is logged, nothing is left of it, and earlier ones are untouched.
     """
     output_dir = Path(config.output_dir)
     final = output_dir / f"checkpoint-{global_step}"
@@ -94,7 +95,7 @@ def save_checkpoint(
         "eval_loss": eval_loss,
     }
     try:
-        if on_main_process(_is_there, final):
+        if on_main_process(_is_there, final, eval_loss):
             return True
         on_main_process(_start_writing, partial, model, config)
         tensors = _state_dict(model, optimizer, has_moments=bool(optimizer.state))
@@ -124,13 +125,20 @@ def save_checkpoint(
 def finish_run(model, processor, config: Config, started: float, lost=()) -> None:
     """Write the model folder and the plot at the end of a run, and say what one does next.
 
-    `started`: in seconds of time.perf_counter. Raises UserError where the model cannot be written,
-    or, as train() has found, something else is `lost`.
+    With --early_stopping, the model is that of the best checkpoint. `started`: in seconds of
+    time.perf_counter. Raises UserError where the model cannot be written, or, as train() has found,
+    something else is `lost`.
     """
-    output_dir = Path(config.output_dir)
+    output_dir, best = Path(config.output_dir), None
+    if config.early_stopping:
+        best, lowest = on_main_process(_best_checkpoint, output_dir, config)
     try:
         on_main_process(check_claim, output_dir)
-        _export(model, processor, output_dir)
+        if best:
+            on_main_process(_copy_model, best, output_dir)
+            logger.info(f"best       {best}, held-out loss {lowest:.4f}: {output_dir} holds it")
+        else:
+            _export(model, processor, output_dir)
     except OSError as error:
         raise UserError(
             f"{output_dir}: the model could not be written: {' '.join(str(error).split())}. The "
@@ -147,6 +155,11 @@ def finish_run(model, processor, config: Config, started: float, lost=()) -> Non
         f"done       in {time.perf_counter() - started:.0f} s. Compare: "
         f"python test_on_trained_model_by_us.py --model_dir {output_dir}"
     )
+
+
+def _copy_model(checkpoint: Path, output_dir: Path) -> None:
+    ignored = shutil.ignore_patterns(RESUME_DIR, "config_used.json")
+    shutil.copytree(checkpoint, output_dir, ignore=ignored, dirs_exist_ok=True)
 
 
 def _tell_the_end(output_dir: Path) -> None:
@@ -200,9 +213,17 @@ def _quiet():
         yield
 
 
-def _is_there(final: Path) -> bool:
-    """Return whether a checkpoint is written. Raises OSError where the run has lost its folder."""
+def _is_there(final: Path, eval_loss: float | None) -> bool:
+    """Return whether a checkpoint is written, and note the held-out loss where it lacks one.
+
+    Raises OSError where the run has lost its folder.
+    """
     check_claim(final.parent)
+    if final.exists() and eval_loss is not None:
+        with suppress(ValueError):  # damaged: resuming will say so
+            state = _read_state(final)
+            if state["eval_loss"] is None:
+                _write_state(final, state | {"eval_loss": eval_loss})
     return final.exists()
 
 
@@ -239,12 +260,20 @@ def _finish_writing(partial: Path, final: Path, state: dict) -> None:
     }
     state = {**state, "random_states": _random_states(), "versions": versions()}
     state |= {"sizes": sizes, "files": written}
-    text = json.dumps({"state": state, "sha256": _digest(state)}, indent=1)
-    (partial / STATE_FILE).write_text(text, encoding="utf-8")
-    for path in (*paths, partial / STATE_FILE, partial / RESUME_DIR, partial):
+    _write_state(partial, state)
+    for path in (*paths, partial / RESUME_DIR, partial):
         _flush(path)
     os.rename(partial, final)
     _flush(final.parent)
+
+
+def _write_state(folder: Path, state: dict) -> None:
+    """Write state.json whole or not at all."""
+    text = json.dumps({"state": state, "sha256": _digest(state)}, indent=1)
+    new = folder / f".{STATE_FILE.name}"
+    new.write_text(text, encoding="utf-8")
+    _flush(new)
+    os.replace(new, folder / STATE_FILE)
 
 
 def _flush(path: Path) -> None:
@@ -272,9 +301,16 @@ def _digest(state: dict) -> str:
 
 def _prune(output_dir: Path, config: Config) -> None:
     """Keep the newest --keep_checkpoints, and the best by the loss on --eval_data."""
-    checkpoints = list_checkpoints(output_dir)
+    best, _ = _best_checkpoint(output_dir, config)
+    for path in list_checkpoints(output_dir)[config.keep_checkpoints :]:
+        if path != best:
+            _remove(path)
+
+
+def _best_checkpoint(output_dir: Path, config: Config) -> tuple[Path | None, float]:
+    """Return the first checkpoint with the lowest loss on --eval_data, and that loss."""
     losses = {}
-    for path in checkpoints:
+    for path in reversed(list_checkpoints(output_dir)):
         try:
             state = _read_state(path)
         except (OSError, ValueError):
@@ -283,9 +319,27 @@ def _prune(output_dir: Path, config: Config) -> None:
         if math.isfinite(loss) and state["config"]["eval_data"] == config.eval_data:
             losses[path] = loss
     best = min(losses, key=losses.get, default=None)
-    for path in checkpoints[config.keep_checkpoints :]:
-        if path != best:
-            _remove(path)
+    return best, losses.get(best, math.inf)
+
+
+def compare_with_best(
+    global_step: int, eval_loss: float | None, config: Config
+) -> tuple[bool, bool]:
+    """Return whether these weights are the best so far, and whether --early_stopping ends the run.
+
+    Called by all ranks. The best stand in a checkpoint, so a resumed run goes by them too.
+    """
+    if not config.early_stopping or eval_loss is None:
+        return False, False
+    best, lowest = on_main_process(_best_checkpoint, Path(config.output_dir), config)
+    if eval_loss < lowest:
+        return True, False
+    best_step = int(CHECKPOINT_NAME.fullmatch(best.name)[1]) if best else 0
+    num_worse = global_step // config.eval_steps - best_step // config.eval_steps
+    is_over = num_worse >= config.early_stopping
+    if is_over:
+        logger.info(f"stopped    early: the held-out loss has not fallen since step {best_step:,}")
+    return False, is_over
 
 
 def _remove(folder: Path) -> None:

@@ -89,6 +89,11 @@ class Config:
         default=None, help="passes over the data. " + _left_out("num_epochs")
     )
     max_steps: int | None = HfArg(default=None, help="stop after this many optimizer steps")
+    early_stopping: int | None = HfArg(
+        default=None,
+        help="stop once the loss on --eval_data has not fallen for so many evaluations; the model "
+        "in output_dir is then the best, not the last",
+    )
     batch_size: int = HfArg(default=4, help="samples in one optimizer step, over all GPUs")
     learning_rate: float | None = HfArg(
         default=None,
@@ -183,7 +188,7 @@ class Config:
             *("num_epochs", "max_steps", "batch_size", "learning_rate", "max_grad_norm"),
             *("min_pixels", "max_pixels", "video_fps", "video_max_frames", "video_max_pixels"),
             *("max_tokens", "save_steps", "keep_checkpoints", "eval_steps", "shard_size"),
-            *("lora_rank", "vision_learning_rate"),
+            *("lora_rank", "vision_learning_rate", "early_stopping"),
         ):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -203,6 +208,8 @@ class Config:
             )
         if self.eval_generate and not self.eval_data:
             raise UserError("--eval_generate: answers held-out data, so it needs --eval_data")
+        if self.early_stopping and not self.eval_data:
+            raise UserError("--early_stopping: goes by held-out data, so it needs --eval_data")
         if self.metric and not self.eval_generate:
             raise UserError("--metric: scores answers, so it needs --eval_generate")
         if self.vision_learning_rate and not self.trained_parts & {"vision", "merger"}:

@@ -111,8 +111,6 @@ class RunLog:
         line = f"loss {loss:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s"
         self.progress.set_postfix_str(line)
         self.progress.update()
-        if global_step == self.num_steps:
-            self.progress.close()
         if global_step % max(1, self.num_steps // 20) == 0:
             logger.info(f"step {global_step:>7,}/{self.num_steps:,}   {line}")
 
@@ -132,6 +130,7 @@ class RunLog:
 
     def close(self, is_saved: bool) -> list[str]:
         """Give a disk that has refused metrics, or a last checkpoint, time; return what is lost."""
+        self.progress.close()
         if on_main_process(self.metrics_file.is_waiting) or not is_saved:
             logger.error(f"once more, for the last time, in {LAST_CHANCE_SECONDS} s")
             time.sleep(LAST_CHANCE_SECONDS)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from util.config import UserError
 from util.data.files import DataHaveChanged, Records
 from util.data.index import CACHE_DIR, Index, build_index, check_lengths, raise_problems
-from util.data.plan import Plan, Step
+from util.data.plan import Plan
 from util.data.sample import IGNORE, Sample, SampleEncoder
 from util.data.workers import read_in_time, worker_settings
 from util.run import on_main_process, rank, world_size
@@ -267,12 +267,3 @@ def refuse_bad_samples(problems: list[str], config, num_samples: int | None = No
             f"none of the {num_samples} samples of a step can be read: are the media still there? "
             f"{problems[0]}"
         )
-
-
-def refuse_bad_step(step: Step, loss: float, grad_norm: float) -> None:
-    """Raise UserError with what to do about a step whose numbers are not finite."""
-    raise UserError(
-        f"step {step.global_step + 1}: loss {loss}, gradient norm {grad_norm}: stopped before the "
-        f"weights change. Samples of this step: {step.samples}. Look at them (check_data.py "
-        "--show N), lower --learning_rate, or try --precision fp32"
-    )

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from util.config import UserError
+
 
 @dataclass(frozen=True)
 class Step:
@@ -16,6 +18,14 @@ class Step:
     micro_batches: list[list[list[int]]]
     num_tokens: int
     num_supervised_tokens: int
+
+    def refuse(self, loss: float, grad_norm: float) -> None:
+        """Raise UserError with what to do about a step whose numbers are not finite."""
+        raise UserError(
+            f"step {self.global_step + 1}: loss {loss}, gradient norm {grad_norm}: stopped before "
+            f"the weights change. Samples of this step: {self.samples}. Look at them "
+            "(check_data.py --show N), lower --learning_rate, or try --precision fp32"
+        )
 
 
 class Plan:
