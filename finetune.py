@@ -69,7 +69,7 @@ def train(config, model, processor, data, eval_data, num_steps, device, checkpoi
     # Weights stay fp32; autocast takes matrix products in bf16. Its cache would keep a bf16 copy of
     # all weights through the forward pass, and here each is used once.
     autocast = torch.autocast(
-        device.type, torch.bfloat16, enabled=config.precision == "bf16", cache_enabled=False
+        device.type, torch.bfloat16, enabled=config.uses_autocast, cache_enabled=False
     )
     model.train()
     optimizer = build_optimizer(model, config)

@@ -164,6 +164,7 @@ def runs(data) -> dict:
         | {"save_steps": 4, "max_steps": 4},
         "bf16": bf16,
         "bf16-lora": bf16 | {"lora_rank": 4},
+        "4bit": bf16 | {"lora_rank": 4, "precision": "bf16_4bit"},
         "early": {"train_data": mixed, "eval_data": mixed, "eval_steps": 1, "early_stopping": 1}
         | {"learning_rate": 0.5, "warmup_ratio": 1.0, "keep_checkpoints": 1},
     }
@@ -214,7 +215,7 @@ def two_ranks(data, runs, alone, tmp_path_factory):
         case(folder / "late", twenty, "stop late", end=str(EXIT_STOPPED)),
         case(folder / "evaluation", evaluated, "stop in evaluation", end=str(EXIT_STOPPED)),
         case(folder / "full", full, "fail to export"),
-        *(case(folder / name, runs[name]) for name in ("savers", "bf16", "bf16-lora", "early")),
+        *(case(folder / n, runs[n]) for n in ("savers", "bf16", "bf16-lora", "4bit", "early")),
         case(folder / "skip", runs["skip"], "measure badly"),
         # Mistakes, found in all places: every rank must raise them.
         case(folder / "size", {"shard_size": 3}, end="must divide the number of processes, 2"),
@@ -335,9 +336,9 @@ def relative_difference(weights, expected):
     return difference / sum(w.square().sum() for w in expected.values()).sqrt()
 
 
-@pytest.mark.parametrize("name", ["bf16", "bf16-lora"])
+@pytest.mark.parametrize("name", ["bf16", "bf16-lora", "4bit"])
 def test_bf16_follows_one_process(name, two_ranks, alone):
-    """Also an adapter on frozen bf16 weights."""
+    """Also an adapter on frozen weights in bf16, and in 4 bits."""
     assert losses(two_ranks / name) == pytest.approx(losses(alone(name)), rel=1e-3)
 
 

@@ -12,3 +12,6 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
 # transformers 5.23 imports torchao where it is installed, and torchao 0.18.0 uses what torch 2.14.1
 # calls deprecated; neither is for users of this repo to mend. To go with the next torchao.
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+# PEFT imports bitsandbytes where it is installed, and that warns, on CPUs with AVX-512 for bf16, of
+# a kernel for generation that is missing. It is not used here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -31,6 +31,7 @@ TINY_DEFAULTS = {
     "video_max_pixels": 32 * 28 * 28,
 }
 LORA_LEARNING_RATE = 1e-4
+BITSANDBYTES = "bitsandbytes==0.50.2"
 TINY_NOTICE = """\
 *** No NVIDIA device: this is about the embedded TINY model, a toy with random weights.
 *** For the real one: --model_name_or_path Qwen/Qwen2-VL-2B-Instruct (or a folder)."""
@@ -118,10 +119,11 @@ class Config:
         help="train the assistant's answers, the last one of each sample, or all text (continued "
         "pre-training)",
     )
-    precision: Literal["bf16", "fp32", "bf16_lean"] | None = HfArg(
+    precision: Literal["bf16", "fp32", "bf16_lean", "bf16_4bit"] | None = HfArg(
         default=None,
         help="bf16: fp32 weights, bf16 compute. fp32: all fp32. bf16_lean: bf16 weights with "
-        "stochastic rounding, 8-bit AdamW. " + _left_out("precision"),
+        "stochastic rounding, 8-bit AdamW. bf16_4bit: bf16, and what --lora_rank leaves frozen in "
+        "the language model takes 4 bits. " + _left_out("precision"),
     )
     seed: int = HfArg(default=0, help="fixes the order of the samples")
 
@@ -206,6 +208,11 @@ class Config:
             raise UserError(
                 f"--train {' '.join(self.train)}: must be all, or any of llm, vision, merger"
             )
+        if self.precision == "bf16_4bit" and not self.lora_rank:
+            raise UserError(
+                "--precision bf16_4bit: rounds the weights that LoRA leaves as they are, so it "
+                "needs --lora_rank, such as --lora_rank 16 (all weights: --precision bf16_lean)"
+            )
         if self.eval_generate and not self.eval_data:
             raise UserError("--eval_generate: answers held-out data, so it needs --eval_data")
         if self.early_stopping and not self.eval_data:
@@ -230,6 +237,11 @@ class Config:
     def is_tiny(self) -> bool:
         """Whether this run trains the embedded tiny model."""
         return self.model_name_or_path == "tiny"
+
+    @property
+    def uses_autocast(self) -> bool:
+        """Whether matrix products are in bf16 and what is trained is fp32."""
+        return self.precision in ("bf16", "bf16_4bit")
 
     @property
     def trained_parts(self) -> set[str]:
@@ -260,7 +272,20 @@ def parse_config(argv: list[str] | None = None, extra=None) -> Config:
     )
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if config.precision == "bf16_4bit":
+        require_bitsandbytes()
     return (config, rest[0]) if extra else config
+
+
+def has_bitsandbytes() -> bool:
+    """Return whether the package is installed that --precision bf16_4bit needs."""
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
+def require_bitsandbytes() -> None:
+    """Raise UserError where it is not."""
+    if not has_bitsandbytes():
+        raise UserError(f"weights in 4 bits need a package more: pip install {BITSANDBYTES}")
 
 
 def fill_defaults(config: Config, device_type: str, output_dir: Path | None = None) -> Config:

@@ -32,6 +32,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from util.config import Config, UserError, fill_defaults
 from util.model.attention import choose_attention, register_attention
 from util.model.families import layers_of
+from util.model.four_bit import FourBitLinear, quantize
 from util.model.load import explained
 from util.model.parts import init_lora, local_rows, prepare_for_training
 from util.model.tiny import cached_tiny_model
@@ -185,7 +186,7 @@ def load_sharded_model(folder: str, device: torch.device, config: Config):
     model.tie_weights()
     transforms = get_model_conversion_mapping(model)  # found by class, which sharding changes
     prepare_for_training(model, config)
-    shard_model(model, mesh, config.precision)
+    shard_model(model, mesh, config)
 
     buffers = {name: buffer.to(device) for name, buffer in model.named_buffers()}
     model.to_empty(device=device)
@@ -198,7 +199,7 @@ def load_sharded_model(folder: str, device: torch.device, config: Config):
     return model
 
 
-def shard_model(model, mesh: DeviceMesh, precision: str) -> None:
+def shard_model(model, mesh: DeviceMesh, config: Config) -> None:
     """Shard the parameters of `model` over the mesh: by vision block, by decoder layer, the rest.
 
     bf16: shards stay fp32; blocks are gathered in bf16, their gradients reduced in fp32. The loop
@@ -207,7 +208,7 @@ def shard_model(model, mesh: DeviceMesh, precision: str) -> None:
     bf16 their gradients, summed over many tokens, move the fifth loss by 1e-3.
     """
     whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    halved = replace(whole, param_dtype=torch.bfloat16) if precision == "bf16" else whole
+    halved = replace(whole, param_dtype=torch.bfloat16) if config.uses_autocast else whole
     vision_blocks, layers = layers_of(model)
     blocks = [*vision_blocks, *layers]
     if not model.config.tie_word_embeddings:
@@ -230,7 +231,13 @@ def _read_shards(model, folder: str, transforms: list) -> None:
     }
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    missing = set(parameters)
+    # Rounded as a whole and then dealt out: to the same bytes on any number of ranks.
+    four_bit = {
+        name.replace(".base_layer", ""): module
+        for name, module in model.named_modules()
+        if isinstance(module, FourBitLinear)
+    }
+    missing = {name for name in parameters if not name.endswith("scales")}
     for path in _weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():
@@ -238,9 +245,16 @@ def _read_shards(model, folder: str, transforms: list) -> None:
                 name, converted = rename_source_key(
                     key, renamings, converters, model.base_model_prefix, parameters
                 )
-                if name in parameters and converted is None:
+                if name not in parameters or converted is not None:
+                    continue
+                missing.discard(name)
+                module = four_bit.get(name.removesuffix(".weight"))
+                if module is None:
                     _copy_rows(file.get_slice(key), parameters[name])
-                    missing.discard(name)
+                    continue
+                weight = file.get_tensor(key).to(module.weight.device)
+                for part, values in quantize(weight).items():
+                    _copy_rows(values, getattr(module, part))
     if model.config.tie_word_embeddings:
         missing.discard("lm_head.weight")
     if missing:
@@ -257,10 +271,11 @@ def _weight_files(folder: str) -> list[Path]:
 
 
 def _copy_rows(source, parameter: DTensor) -> None:
-    """Copy this rank's rows of a tensor in a file."""
-    if tuple(source.get_shape()) != tuple(parameter.shape):
+    """Copy this rank's rows of a tensor, or of one in a file."""
+    shape = source.shape if isinstance(source, torch.Tensor) else source.get_shape()
+    if tuple(shape) != tuple(parameter.shape):
         raise UserError(
-            f"a tensor of shape {source.get_shape()} in the file, {list(parameter.shape)} in the "
+            f"a tensor of shape {list(shape)} in the file, {list(parameter.shape)} in the "
             "model: config.json and weights do not belong together"
         )
     if parameter.to_local().numel():

@@ -141,9 +141,17 @@ class RunLog:
         return [f"{num_lost} lines of metrics.jsonl"] if num_lost else []
 
 
+def count_weights(parameters) -> int:
+    """Return how many weights parameters are: those of 4 bits are two to a byte, in columns."""
+    return sum(
+        p.numel() if p.is_floating_point() else 2 * p.numel() * (p.ndim > 1) for p in parameters
+    )
+
+
 def _log_setup(config: Config, model, data, eval_data, num_steps: int, device) -> None:
+    num_weights = count_weights(model.parameters())
     logger.info(
-        f"model      {config.model_name_or_path}: {model.num_parameters() / 1e6:,.1f} M parameters "
+        f"model      {config.model_name_or_path}: {num_weights / 1e6:,.1f} M parameters "
         f"on {device}, {config.precision}, attention {model.config._attn_implementation}"
     )
     logger.info(f"data       {' '.join(config.train_data)}: {data.index.summary()}")

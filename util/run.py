@@ -177,7 +177,8 @@ def explain_out_of_memory(error: Exception) -> UserError:
     return UserError(
         "the GPU's memory is full. In the order in which to try them: "
         "--gradient_checkpointing all; a lower --max_tokens (the longest sample must fit) or "
-        "--max_pixels; --precision bf16_lean; --train llm; --lora_rank 64; more GPUs. What fits is "
+        "--max_pixels; --precision bf16_lean; --train llm; --lora_rank 64; with that, "
+        "--precision bf16_4bit; more GPUs. What fits is "
         "told, without a GPU, by check_data.py with the flags of this run and --plan GIB. "
         f"PyTorch says: {' '.join(str(error).split())[:300]}"
     )

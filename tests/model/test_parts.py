@@ -169,7 +169,7 @@ def test_lora_trains_an_adapter_that_loads_and_merges(mixed_data, tiny_folder, t
 
 @pytest.fixture(scope="module")
 def held_out_loss(tmp_path_factory):
-    """Return a function: a precision -> the held-out loss after 200 steps, 4 epochs.
+    """Return a function: a precision, and flags -> the held-out loss after 200 steps, 4 epochs.
 
     At a learning rate at which the loss falls evenly: where it falls in leaps, or after many rounds
     over a few samples, any rounding ends elsewhere.
@@ -181,12 +181,12 @@ def held_out_loss(tmp_path_factory):
     )
 
     @functools.cache
-    def loss(precision: str) -> float:
+    def loss(precision: str, *more_flags) -> float:
         out = tmp_path_factory.mktemp(precision) / "out"
         flags = ("--model_name_or_path", "tiny", "--device", "cpu", "--precision", precision)
         flags = (*flags, "--train_data", train_data, "--video_fps", 1, "--batch_size", 8)
         flags = (*flags, "--eval_data", held_out, "--learning_rate", 1e-4)
-        call(finetune, *flags, "--num_epochs", 4, "--output_dir", out)
+        call(finetune, *flags, "--num_epochs", 4, "--output_dir", out, *more_flags)
         last = read_metrics(out)[-1]
         assert last["global_step"] == 200
         return last["eval_loss"]
@@ -198,6 +198,13 @@ def held_out_loss(tmp_path_factory):
 @pytest.mark.parametrize("precision", ["bf16", "bf16_lean"])
 def test_200_steps_end_near_those_of_fp32(held_out_loss, precision):
     assert held_out_loss(precision) == pytest.approx(held_out_loss("fp32"), rel=0.01)
+
+
+@pytest.mark.slow
+def test_200_steps_on_4_bits_end_near_those_on_16(held_out_loss):
+    lora = ("--lora_rank", 8, "--learning_rate", 1e-3)
+    rounded, whole = (held_out_loss(precision, *lora) for precision in ("bf16_4bit", "bf16"))
+    assert rounded == pytest.approx(whole, rel=0.03)
 
 
 def test_8_bit_moments_are_those_of_whole_rows():

@@ -50,6 +50,7 @@ def larger_tiny(tiny_folder, tmp_path_factory) -> str:
         {"lora_rank": 8, "gradient_checkpointing": "vision"},
         {"supervise": "all", "lora_rank": 8},  # logits and their fp32 chunks are much of it
         {"family": "qwen3_5"},  # states of linear attention
+        {"lora_rank": 8, "precision": "bf16_4bit", "gradient_checkpointing": "all"},
         # Slow: torchao compiles its step. Short, so that the step is the peak.
         pytest.param(
             {"precision": "bf16_lean", "gradient_checkpointing": "all", "batch_size": 1},
@@ -151,12 +152,18 @@ def test_the_planner_prints_json_and_flags_that_fit(mixed_data, capsys):
 
 
 def test_what_cannot_fit_is_told_before_anything_is_loaded(tmp_path, monkeypatch):
-    memory = SimpleNamespace(available=30 * 2**20)
+    memory = SimpleNamespace()
     monkeypatch.setattr(planner.psutil, "virtual_memory", lambda: memory)
     monkeypatch.setattr(finetune, "load_model", None)
     flags = ("--model_name_or_path", "tiny", "--device", "cpu", "--output_dir", tmp_path / "out")
+    memory.available = 30 * 2**20
     with pytest.raises(UserError, match=r"(?s)take .* GiB.*--lora_rank 64"):
         call(finetune, *flags)
+    # An adapter keeps its rank.
+    memory.available = 8 * 2**20
+    words = r"fit:\n  --gradient_checkpointing all --precision bf16_4bit: 0.0 GiB\nWith"
+    with pytest.raises(UserError, match=words):
+        call(finetune, *flags, "--lora_rank", 4)
 
 
 def test_out_of_memory_says_what_to_do():

@@ -31,6 +31,7 @@ from util.model.families import (
     why_not_trained,
     write_boxes,
 )
+from util.model.four_bit import quantize_base
 from util.model.parts import init_lora, prepare_for_training
 from util.model.tiny import cached_tiny_model
 from util.run import is_main_process
@@ -39,6 +40,7 @@ from util.vision_util import PixelPolicy
 logger = logging.getLogger("finetune")
 
 ADAPTER_FILE = "adapter_config.json"
+CPU = torch.device("cpu")
 
 
 def is_model_folder(folder: str | Path) -> bool:
@@ -233,14 +235,29 @@ def load_model(folder: str, device: torch.device, config: Config):
 
 
 def load_model_to_answer(folder: str, attention: str, device: torch.device, dtype: torch.dtype):
-    """Load a model, or a base model with the LoRA adapter in `folder`, for generation."""
-    base = base_folder(folder)
-    model = _from_pretrained(base, attention, dtype, device_map={"": device}).eval()
+    """Load a model, or a base model with the LoRA adapter in `folder`, for generation.
+
+    The base is what the adapter was trained on: rounded to 4 bits with --precision bf16_4bit.
+    """
+    base, is_rounded = base_folder(folder), stands_on_4_bits(folder)
+    # Where the base is in 4 bits, its whole weights may not fit onto the device.
+    model = _from_pretrained(base, attention, dtype, device_map={"": CPU if is_rounded else device})
     if base == folder:
-        return model
+        return model.eval()
     with explained(folder):
         check_adapter(folder)
-        return PeftModel.from_pretrained(model, folder).eval().get_base_model()
+        model = PeftModel.from_pretrained(model, folder).get_base_model()
+    if is_rounded:
+        quantize_base(model, device)
+    return model.to(device).eval()
+
+
+def stands_on_4_bits(folder: str | Path) -> bool:
+    """Return whether a folder's adapter was trained on a base in 4 bits, as its run's flags say."""
+    flags = Path(folder) / "config_used.json"
+    if not ((Path(folder) / ADAPTER_FILE).is_file() and flags.is_file()):
+        return False
+    return json.loads(flags.read_text(encoding="utf-8")).get("precision") == "bf16_4bit"
 
 
 def check_adapter(folder: str | Path) -> None:

@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from util.config import Config
 from util.model.attention import PACKED, hand_over_whole_rows
 from util.model.families import adds_features_in_layers, keep_samples_apart, part_of
+from util.model.four_bit import FourBitLinear, quantize_base
 from util.model.tiny import cached_tiny_model
 
 
@@ -30,7 +31,11 @@ def prepare_for_training(model, config: Config, device: torch.device | None = No
     else:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(part_of(name) in config.trained_parts)
-    set_dtypes(model, config.precision, device)
+    if config.precision == "bf16_4bit":
+        quantize_base(model, device)
+        # In bf16, but what layers add up on them is not.
+        model.get_input_embeddings().register_forward_hook(lambda *args: args[-1].float())
+    set_dtypes(model, config, device)
     keep_samples_apart(model)
     embedding = model.model.visual.patch_embed
     embedding.proj = PatchProjection(embedding.proj)
@@ -100,24 +105,29 @@ def local_rows(source, parameter: DTensor):
     return source[first : first + num_rows]
 
 
-def set_dtypes(model, precision: str, device: torch.device | None = None) -> None:
-    """Give each parameter the dtype that `precision` means, on `device`, if given.
+def set_dtypes(model, config: Config, device: torch.device | None = None) -> None:
+    """Give each parameter the dtype that --precision means, on `device`, if given.
 
     bf16: what is trained is fp32. Frozen weights of linear layers are bf16: autocast would round
-    them so at every use, and nothing is ever added to them.
+    them so at every use, and nothing is ever added to them. bf16_4bit: embeddings are bf16 too, as
+    in published files.
     """
-    linear_weights = {
+    halved = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, torch.nn.Linear)
+        if isinstance(module, torch.nn.Linear | FourBitLinear)
         for parameter in (module.weight, module.bias)
-    } - {id(model.get_input_embeddings().weight)}  # tied to lm_head: autocast would not round it
+    }
+    embeddings = id(model.get_input_embeddings().weight)
+    # Where they are tied to lm_head, they are no linear layer's alone, and autocast rounds none.
+    halved = halved | {embeddings} if config.precision == "bf16_4bit" else halved - {embeddings}
     for parameter in model.parameters():
-        is_halved = precision == "bf16_lean" or (
-            precision == "bf16" and id(parameter) in linear_weights and not parameter.requires_grad
+        is_halved = config.precision == "bf16_lean" or (
+            config.uses_autocast and id(parameter) in halved and not parameter.requires_grad
         )
         dtype = torch.bfloat16 if is_halved else torch.float32
-        parameter.data = parameter.data.to(device or parameter.device, dtype)
+        if parameter.is_floating_point():  # other than what quantize_base has put there
+            parameter.data = parameter.data.to(device or parameter.device, dtype)
 
 
 def checkpoint_layers(module) -> None:

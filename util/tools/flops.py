@@ -10,6 +10,7 @@ from util.config import Config
 from util.data.batch import PlannedData
 from util.data.index import Index
 from util.data.plan import Plan, Step
+from util.logutil import count_weights
 from util.model.families import layers_of, part_of, state_size, vision_width
 
 # Text and vision shapes of the published models, of the config.json files at
@@ -104,7 +105,7 @@ class FlopCounter:
         for name, parameter in visual.named_parameters(prefix="model.visual"):
             if parameter.ndim > 1:
                 weights[part_of(name)] += parameter.numel()
-        decoder = sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim > 1)
+        decoder = count_weights(p for layer in layers for p in layer.parameters() if p.ndim > 1)
         patches = per_weight["vision"] * weights["vision"] * visual.spatial_merge_size**2
         heads = model.config.text_config.num_attention_heads
         attentions = [layer.self_attn for layer in layers if hasattr(layer, "self_attn")]

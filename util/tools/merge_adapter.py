@@ -2,7 +2,8 @@
 
     python -m util.tools.merge_adapter train_output/20260101_120000 MERGED
 
-The base is the one that the adapter names; the result has the dtype of its files.
+The base is the one that the adapter names; the result has the dtype of its files. It is not
+rounded to 4 bits, also where the adapter was trained on one that was.
 """
 
 import sys
@@ -14,7 +15,13 @@ import transformers
 from peft import PeftModel
 
 from util.config import UserError
-from util.model.load import ADAPTER_FILE, base_folder, check_adapter, export_model
+from util.model.load import (
+    ADAPTER_FILE,
+    base_folder,
+    check_adapter,
+    export_model,
+    stands_on_4_bits,
+)
 from util.run import run_main
 
 
@@ -42,6 +49,11 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated", FutureWarning)
     merge_adapter(*sys.argv[1:])
     print(f"merged into {sys.argv[2]}")
+    if stands_on_4_bits(sys.argv[1]):
+        print(
+            "note: the adapter was trained on a base rounded to 4 bits, and is merged into the "
+            "base as it is: answers can differ a little from the adapter's own"
+        )
 
 
 if __name__ == "__main__":

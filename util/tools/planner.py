@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from util.config import Config, UserError
+from util.config import Config, UserError, has_bitsandbytes
 from util.data.batch import MicroBatch, PlannedData
 from util.model.attention import register_attention
 from util.model.families import layers_of, vision_width
@@ -31,6 +31,7 @@ SAVERS = (
     {"gradient_checkpointing": "all", "train": ["llm"], "precision": "bf16_lean"},
     {"gradient_checkpointing": "all", "lora_rank": 64},
     {"gradient_checkpointing": "all", "lora_rank": 64, "precision": "bf16_lean"},
+    {"gradient_checkpointing": "all", "lora_rank": 64, "precision": "bf16_4bit"},
 )
 GIB = 2**30
 
@@ -97,9 +98,14 @@ def changed(config: Config, changes: dict) -> Config:
 
 
 def _savers(config: Config) -> list[dict]:
-    """Return the entries of SAVERS that change something, and no adapter of another rank."""
-    savers = [c for c in SAVERS if not (config.lora_rank and "lora_rank" in c)]
-    return [c for c in savers if changed(config, c) != config]
+    """Return the entries of SAVERS that change something; an adapter keeps its rank."""
+    savers = []
+    for changes in SAVERS:
+        if config.lora_rank:
+            changes = {name: value for name, value in changes.items() if name != "lora_rank"}
+        if changes not in savers and changed(config, changes) != config:
+            savers.append(changes)
+    return savers
 
 
 def flags_text(changes: dict) -> str:
@@ -228,7 +234,7 @@ def _follow_memory(
     inputs = InputBuilder(processor, "packed_sdpa", device)(micro_batch)
     inputs["pixel_values"] = mode.from_tensor(inputs["pixel_values"])
     autocast = torch.autocast(
-        device.type, torch.bfloat16, enabled=config.precision == "bf16", cache_enabled=False
+        device.type, torch.bfloat16, enabled=config.uses_autocast, cache_enabled=False
     )
     tracker = _MemoryTracker([*model.parameters(), *model.buffers()])
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -254,14 +260,19 @@ def _gathered_bytes(model, config: Config) -> int:
     One is computed with while the next one is gathered, and one has its gradient, in fp32 for the
     reduction.
     """
-    itemsize = 4 if config.precision == "fp32" else 2
+
+    def itemsize(parameter) -> int:
+        if not parameter.is_floating_point():
+            return 1
+        return 4 if config.precision == "fp32" else 2
+
     vision_blocks, layers = layers_of(model)
-    blocks = [*vision_blocks, *layers]
-    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
-    root = sum(p.numel() for p in model.parameters()) - sum(sizes)
-    largest = max(sizes)
-    trained = 4 if any(p.requires_grad for block in blocks for p in block.parameters()) else 0
-    return root * (2 if config.precision == "bf16_lean" else 4) + largest * (2 * itemsize + trained)
+    blocks = [list(block.parameters()) for block in (*vision_blocks, *layers)]
+    root = sum(p.numel() for p in model.parameters()) - sum(p.numel() for b in blocks for p in b)
+    largest = max(
+        sum(p.numel() * (2 * itemsize(p) + 4 * p.requires_grad) for p in block) for block in blocks
+    )
+    return root * (2 if config.precision == "bf16_lean" else 4) + largest
 
 
 def largest_micro_batch(data: PlannedData, model_config, config: Config, most_steps: int = 5000):
@@ -294,6 +305,8 @@ def fitting_flags(
     """Return the first flags of SAVERS with which a step fits into `limit_gib`, and its peak."""
     for changes in _savers(config):
         candidate = changed(config, changes)
+        if candidate.precision == "bf16_4bit" and not has_bitsandbytes():
+            continue  # its step cannot be run
         if count_states(model_config, candidate).total / shard_size < limit_gib * GIB:
             needed = plan_memory(model_config, processor, candidate, data, shard_size)
             if needed["peak_gib"] <= limit_gib:
