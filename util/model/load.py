@@ -15,7 +15,6 @@ import torch
 import transformers
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
@@ -246,6 +245,8 @@ def load_model_to_answer(folder: str, attention: str, device: torch.device, dtyp
         return model.eval()
     with explained(folder):
         check_adapter(folder)
+        from peft import PeftModel  # which takes a second, and few need it
+
         model = PeftModel.from_pretrained(model, folder).get_base_model()
     if is_rounded:
         quantize_base(model, device)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, inject_adapter_in_model
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -53,6 +52,8 @@ def add_lora(model, config: Config) -> None:
 
     Scaled by 2 / rank: https://arxiv.org/abs/2106.09685, with the usual alpha of twice the rank.
     """
+    from peft import LoraConfig, inject_adapter_in_model  # which takes a second, and few need it
+
     targets = [
         name
         for name, module in model.named_modules()
