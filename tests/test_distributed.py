@@ -273,6 +273,14 @@ def test_any_ranks_do_not_change_the_run(num_ranks, shard_sizes, runs, alone, tm
 
 
 @pytest.mark.slow
+def test_compiled_layers_do_not_change_the_run_of_two_ranks(runs, alone, tmp_path):
+    flags = {name: runs[name] | {"compile": True} for name in ("twenty", "savers")}
+    drive(tmp_path, 2, *(case(tmp_path / name, flags[name]) for name in flags))
+    check_same_run(tmp_path / "twenty", alone("twenty"))
+    check_same_metrics(tmp_path / "savers", alone("savers"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def test_two_ranks_do_not_change_the_run_of_other_families(family, data, tiny_folder, tmp_path):
     folder = build_family(family, tiny_folder, tmp_path / "model")

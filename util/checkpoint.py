@@ -50,7 +50,7 @@ MACHINE_SETTINGS = {
     *("output_dir", "num_epochs", "max_steps", "max_tokens", "num_workers", "device"),
     *("save_steps", "keep_checkpoints", "resume_from", "skip_bad_steps", "eval_steps", "eval_data"),
     *("shard_size", "report_to", "gradient_checkpointing", "eval_generate", "metric"),
-    "early_stopping",
+    *("early_stopping", "compile"),
     "on_bad_sample",  # the data's digest tells which samples are left out
 }
 # Only what is trained; the rest is in the model that the run began with.

@@ -150,6 +150,10 @@ class Config:
         default="none",
         help="layers that compute their activations twice instead of keeping them",
     )
+    compile: bool = HfArg(
+        default=False,
+        help="compile each layer: fewer and larger kernels, and first steps that take minutes",
+    )
     on_bad_sample: Literal["stop", "skip"] = HfArg(
         default="stop",
         help="samples that cannot be used: stop, where possible before training, or leave them out",

@@ -154,6 +154,9 @@ def _log_setup(config: Config, model, data, eval_data, num_steps: int, device) -
         f"model      {config.model_name_or_path}: {num_weights / 1e6:,.1f} M parameters "
         f"on {device}, {config.precision}, attention {model.config._attn_implementation}"
     )
+    parts = ["layers"] * config.compile + ["AdamW's step"] * (config.precision == "bf16_lean")
+    if parts:
+        logger.info(f"compiled   {', '.join(parts)}: the first steps can take minutes")
     logger.info(f"data       {' '.join(config.train_data)}: {data.index.summary()}")
     if eval_data:
         logger.info(f"held out   {' '.join(config.eval_data)}: {eval_data.index.summary()}")

@@ -37,6 +37,7 @@ def segment_lengths(cu_seqlens: torch.Tensor) -> list[int]:
     return [end - begin for begin, end in pairwise(cu_seqlens.tolist())]
 
 
+@torch.compiler.disable  # it reads lengths: compiled, it would be for these alone
 def packed_sdpa(
     module,
     query,
@@ -68,7 +69,7 @@ def packed_sdpa(
         key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
         is_grouped = False
     outputs = []
-    rows = zip(*(x[0].split(num_rows, dim=1) for x in (query, key, value)))
+    rows = zip(*(x.squeeze(0).split(num_rows, dim=1) for x in (query, key, value)))
     for (length, count), qkv in zip(runs, rows):
         q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)
         output = F.scaled_dot_product_attention(
@@ -97,7 +98,7 @@ def packed_varlen(
     `cu_seq_lens_q` is on the device; `max_length_q` is the longest segment.
     """
     is_causal = module.is_causal if is_causal is None else is_causal
-    query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
+    query, key, value = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
     # As wide as the longest segment, a window changes nothing; but with none, torch 2.14 takes
     # cuDNN on 9.0 and 10.0 (_can_use_cudnn in torch/nn/attention/varlen.py).
     window = (-1, 0) if is_causal else (max_length_q, max_length_q)

@@ -80,6 +80,7 @@ class PackedDeltaNet(Qwen3_5GatedDeltaNet):
     recurrence alone, and only with flash-linear-attention. Weights and names stay as they are.
     """
 
+    @torch.compiler.disable  # it reads lengths: compiled, it would be for these alone
     def forward(self, hidden_states, cu_seq_lens_q=None, **kwargs):
         """Return (1, T, hidden_size); `cu_seq_lens_q` says where segments begin and end."""
         forward = super().forward

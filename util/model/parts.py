@@ -5,6 +5,7 @@ import math
 import os
 import re
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -15,7 +16,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from util.config import Config
 from util.model.attention import PACKED, hand_over_whole_rows
-from util.model.families import adds_features_in_layers, keep_samples_apart, part_of
+from util.model.families import (
+    adds_features_in_layers,
+    keep_samples_apart,
+    layers_of,
+    part_of,
+)
 from util.model.four_bit import FourBitLinear, quantize_base
 from util.model.tiny import cached_tiny_model
 
@@ -42,6 +48,8 @@ def prepare_for_training(model, config: Config, device: torch.device | None = No
         hand_over_whole_rows(model.model.visual)
     if not adds_features_in_layers(model):
         model.model.register_forward_pre_hook(place_media, with_kwargs=True)
+    if config.compile:
+        compile_layers(model)
     for part, module in (("llm", model.model.language_model), ("vision", model.model.visual)):
         if config.gradient_checkpointing in (part, "all"):
             checkpoint_layers(module)
@@ -131,14 +139,27 @@ def set_dtypes(model, config: Config, device: torch.device | None = None) -> Non
             parameter.data = parameter.data.to(device or parameter.device, dtype)
 
 
+def compile_layers(model) -> None:
+    """Let each decoder layer and vision block be compiled by itself, when it first runs.
+
+    What is compiled of one serves all of its kind, whatever the lengths are. Names of parameters
+    stay the same.
+    """
+    for layer in chain(*layers_of(model)):
+        layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
 def checkpoint_layers(module) -> None:
-    """Let the layers of `module` keep only their inputs, and compute the rest again in backward."""
+    """Let the layers of `module` keep only their inputs, and compute the rest again in backward.
+
+    Below the hooks of fully_shard, which would gather shards twice; above what is compiled, since
+    packed_sdpa is not.
+    """
     # There is no dropout, so no random state has to be kept for the second time.
     run_twice = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     for layer in module.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = run_twice
+            layer.forward = partial(run_twice, layer.forward)
 
 
 def place_media(module, args, kwargs):

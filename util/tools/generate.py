@@ -323,7 +323,9 @@ def _ready_to_answer(model):
         model.set_attn_implementation("sdpa")  # ours knows no padding and no cache
     model.eval()
     try:
-        yield
+        # Layers that were compiled for whole rows would be compiled again, for every new token.
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         model.train()
         model.set_attn_implementation(attention)
