@@ -67,7 +67,8 @@ def train(config, model, processor, data, eval_data, num_steps, device, checkpoi
     """
     build_inputs = InputBuilder(processor, model.config._attn_implementation, device)
     # Weights stay fp32; autocast takes matrix products in bf16. Its cache would keep a bf16 copy of
-    # all weights through the forward pass, and here each is used once.
+    # all weights, and each is used once here; autograd keeps those of layers that are not
+    # checkpointed, until their backward pass.
     autocast = torch.autocast(
         device.type, torch.bfloat16, enabled=config.uses_autocast, cache_enabled=False
     )
@@ -164,7 +165,7 @@ def train(config, model, processor, data, eval_data, num_steps, device, checkpoi
         log.step(metrics, problems)
 
         # A signal comes at any time, and to ranks at different times: it counts from here on.
-        stop.agree(device)
+        stop.agree()
         is_last = global_step == num_steps
         # A checkpoint holds the held-out loss of its own weights, or none, so that the best of them
         # can be kept.
@@ -215,7 +216,7 @@ def evaluate(config, model, build_inputs, data, autocast, device, stop) -> dict:
         loss_sum += cross_entropy_sum(logits, targets)
         num_supervised_tokens += len(targets)
         problems += micro_batch.problems
-        stop.agree(device)
+        stop.agree()
         if stop.name:
             return {}
     refuse_bad_samples(problems, config)

@@ -61,7 +61,8 @@ def train(config, model, processor, data, eval_data, num_steps, device, checkpoi
     """
     build_inputs = InputBuilder(processor, model.config._attn_implementation, device)
     # Weights stay fp32; autocast takes matrix products in bf16. Its cache would keep a bf16 copy of
-    # all weights through the forward pass, and here each is used once.
+    # all weights, and each is used once here; autograd keeps those of layers that are not
+    # checkpointed, until their backward pass.
     autocast = torch.autocast(
         device.type, torch.bfloat16, enabled=config.uses_autocast, cache_enabled=False
     )
@@ -129,7 +130,7 @@ def train(config, model, processor, data, eval_data, num_steps, device, checkpoi
         # are not finite must not reach the weights.
         loss, grad_norm = torch.stack([loss, grad_norm]).tolist()
         is_bad = not (math.isfinite(loss) and math.isfinite(grad_norm))
-        problems = gather_problems(problems, device)  # dist
+        problems = gather_problems(problems)  # dist
         num_bad_steps = num_bad_steps + 1 if is_bad else 0
         try:
             refuse_bad_samples(problems, config, len(step.samples))
@@ -164,7 +165,7 @@ def train(config, model, processor, data, eval_data, num_steps, device, checkpoi
         log.step(metrics, problems)
 
         # A signal comes at any time, and to ranks at different times: it counts from here on.
-        stop.agree(device)
+        stop.agree()
         is_last = global_step == num_steps
         # A checkpoint holds the held-out loss of its own weights, or none, so that the best of them
         # can be kept.
@@ -215,12 +216,12 @@ def evaluate(config, model, build_inputs, data, autocast, device, stop) -> dict:
         loss_sum += cross_entropy_sum(logits, targets)
         num_supervised_tokens += len(targets)
         problems += micro_batch.problems
-        stop.agree(device)
+        stop.agree()
         if stop.name:
             return {}
     totals = torch.stack([loss_sum, num_supervised_tokens])  # dist
     loss_sum, num_supervised_tokens = reduce(totals, "sum")  # dist
-    problems = gather_problems(problems, device)  # dist
+    problems = gather_problems(problems)  # dist
     refuse_bad_samples(problems, config)
     for problem in problems:
         logger.warning(f"left out   {problem}")

@@ -68,8 +68,8 @@ def stop_late(num_steps):
     """Send rank 1 SIGTERM in a step when the ranks have agreed already to go on; once."""
     agree, calls = run.StopSignal.agree, []
 
-    def agree_and_signal(stop, device):
-        agree(stop, device)
+    def agree_and_signal(stop):
+        agree(stop)
         calls.append(stop)
         if len(calls) == num_steps:
             run.StopSignal.agree = agree

@@ -233,12 +233,12 @@ def test_a_signal_ends_an_evaluation_at_once(run, mixed_data, monkeypatch):
     """Between micro-batches and between batches of answers; the resumed run makes up for it."""
     agree, calls, last = StopSignal.agree, [], 10**9
 
-    def agree_and_count(stop, device):
+    def agree_and_count(stop):
         if not torch.is_grad_enabled():  # in an evaluation
             calls.append(stop)
             if len(calls) == last:
                 signal.raise_signal(signal.SIGTERM)
-        agree(stop, device)
+        agree(stop)
 
     monkeypatch.setattr(StopSignal, "agree", agree_and_count)
     flags = {"eval_data": [mixed_data], "eval_steps": 2, "eval_generate": 9, "num_steps": 3}

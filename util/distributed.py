@@ -40,6 +40,8 @@ from util.run import choose_device, end_rank, rank, record_failure, shard_size, 
 
 # How long ranks wait for the main one, which may have much data to index.
 START_TIMEOUT = timedelta(hours=2)
+# And for tensors of the others, once they train.
+NCCL_TIMEOUT = timedelta(minutes=10)
 # Ranks show that they are alive, and end where another one does not for so long.
 BEAT_SECONDS, SILENT_SECONDS = 10, 5 * 60
 
@@ -65,9 +67,9 @@ def start_processes(config: Config) -> torch.device:
         # Before the processes are joined: afterwards transformers writes files on rank 0 only,
         # and this machine may not be rank 0's.
         cached_tiny_model()
-    # Messages and long waits go over gloo, also between GPUs.
-    backend = {"backend": "cpu:gloo,cuda:nccl"} if device.type == "cuda" else {}
-    state = PartialState(cpu=device.type == "cpu", timeout=START_TIMEOUT, **backend)
+    # Messages, flags and long waits go over gloo, also between GPUs.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else None
+    state = PartialState(cpu=device.type == "cpu", timeout=START_TIMEOUT, backend=backend)
     _watch_ranks()
     if not state.is_main_process:
         # What every rank would say is said once.
@@ -146,9 +148,9 @@ def _end_for(silent: dict[int, bytes], own: str) -> None:
     end_rank(1)
 
 
-def gather_problems(problems: list[str], device: torch.device) -> list[str]:
+def gather_problems(problems: list[str]) -> list[str]:
     """Return on every rank the messages of all ranks; objects travel only where there are any."""
-    count = torch.full((), float(len(problems)), device=device)
+    count = torch.full((), float(len(problems)))  # on the CPU: no rank waits for its device
     dist.all_reduce(count)
     return gather_object(problems) if count.item() else []
 
@@ -160,7 +162,11 @@ def build_mesh(device: torch.device, config: Config) -> DeviceMesh:
     """
     shards = shard_size(config)
     shape = (world_size() // shards, shards)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    if device.type == "cuda":
+        for group in (dist.group.WORLD, *mesh.get_all_groups()):
+            group._get_backend(device).set_timeout(NCCL_TIMEOUT)
+    return mesh
 
 
 # ---------------------------------------------------------------- model

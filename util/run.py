@@ -148,11 +148,12 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
-    def agree(self, device: torch.device) -> None:
+    def agree(self) -> None:
         """Give all ranks the same `name`, so that they stop after the same step."""
         self.name = self.noted  # read once: it may change at any time
         if dist.is_initialized():
-            is_stopping = torch.full((), float(self.name is not None), device=device)
+            # On the CPU: ranks wait for each other, and none for its device.
+            is_stopping = torch.full((), float(self.name is not None))
             dist.all_reduce(is_stopping, dist.ReduceOp.MAX)
             if is_stopping.item():
                 self.name = self.name or "a signal to another rank"

@@ -258,7 +258,7 @@ def score_answers(config: Config, model, build_inputs, data: PlannedData, stop) 
                 synced = dist.is_initialized()
                 answers += generate(model, encoder, build_inputs, samples, limit, synced)
                 references += readable
-            stop.agree(build_inputs.device)
+            stop.agree()
             if stop.name:
                 return {}
     if not answers:
