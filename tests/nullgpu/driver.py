@@ -1,17 +1,18 @@
-"""Runs finetune.py and the test scripts on GPUs that compute nothing, all in one process.
+"""Runs the scripts on GPUs that compute nothing, all in one process, or in the ranks of torchrun.
 
     PYTHONPATH=.:tests LD_PRELOAD=.../libcuda.so.1 python tests/nullgpu/driver.py FOLDER
 
 FOLDER/cases.json is a list of {"name": text, "script": "finetune", "flags": [...]}. Into
 FOLDER/report.json goes, of each case by its name, what it has asked of the device: counts and names
 for each training step and in all, the lines of Python that have waited for the device, and the
-message with which it has ended, "" if none.
+message with which it has ended, "" if none. {"name": text, "step": {...}} is a step of a real
+shape, of which benchmarks/bench_gpu.py tells what it takes.
 """
 
-import ctypes
 import importlib
 import itertools
 import json
+import os
 import shutil
 import sys
 import traceback
@@ -20,51 +21,43 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from torch._dynamo.utils import counters
 from transformers import GenerationMixin
 
 import finetune
+from benchmarks.bench_gpu import measure_step, take_counts
 from helpers import call
 from util.config import UserError
-from util.run import explain_out_of_memory
+from util.run import explain_out_of_memory, is_main_process, run_rank
 
 FOLDER = Path(sys.argv[1])
-NULLGPU = ctypes.CDLL(None)  # it is loaded already
 # Whether an answer is complete is computed on the device: here, all have two tokens.
 IS_INCOMPLETE = itertools.cycle([True, True, False])
-
-
-def take_counts() -> Counter:
-    """Return what has been asked of the devices since the last time, kernels by "kernel " names."""
-    path = FOLDER / "counts.json"
-    NULLGPU.nullgpu_report(str(path).encode())
-    counts = json.loads(path.read_text())
-    kernels, calls = counts.pop("kernels"), counts.pop("calls")
-    total = Counter(counts) + Counter(calls)
-    for name, count in kernels:  # a template has several of one name
-        total[f"kernel {name}"] += count
-    return total
 
 
 def run_case(script: str, flags: list[str]) -> dict:
     """Run a script's main() and return the report on it."""
     steps, others, end = [], [Counter()], ""
-    set_learning_rate, log_step = finetune.set_learning_rate, finetune.RunLog.step
+    module = importlib.import_module(script)
+    loop = module if hasattr(module, "train") else finetune
+    set_learning_rate, log_step = loop.set_learning_rate, loop.RunLog.step
 
     def begin_step(*args):
         others.append(take_counts())
         return set_learning_rate(*args)
 
     def end_step(log, metrics, problems):
-        steps.append(take_counts() + Counter(micro_batches=metrics["num_micro_batches"]))
+        counts = take_counts() + Counter(micro_batches=metrics["num_micro_batches"])
+        steps.append(counts + Counter(graphs=counters["stats"]["unique_graphs"]))
         log_step(log, metrics, problems)
 
-    finetune.set_learning_rate, finetune.RunLog.step = begin_step, end_step
+    loop.set_learning_rate, loop.RunLog.step = begin_step, end_step
     take_counts()
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            call(importlib.import_module(script), *flags)
+            call(module, *flags)
         except torch.OutOfMemoryError as error:
             end = str(explain_out_of_memory(error))
         except UserError as error:
@@ -72,7 +65,7 @@ def run_case(script: str, flags: list[str]) -> dict:
         except Exception:  # the other cases may go well
             end = traceback.format_exc()
     torch.cuda.set_sync_debug_mode("default")
-    finetune.set_learning_rate, finetune.RunLog.step = set_learning_rate, log_step
+    loop.set_learning_rate, loop.RunLog.step = set_learning_rate, log_step
     total = sum([*others, *steps, take_counts()], Counter())
     waits = Counter(f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
     return {"steps": steps, "total": total, "waits": waits, "end": end}
@@ -84,10 +77,14 @@ def main() -> None:
     for case in json.loads((FOLDER / "cases.json").read_text()):
         for path in case.get("remove", []):
             shutil.rmtree(path, ignore_errors=True)
-        report[case["name"]] = run_case(case["script"], case["flags"])
+        if "step" in case:
+            report[case["name"]] = measure_step(**case["step"])
+        else:
+            report[case["name"]] = run_case(case["script"], case["flags"])
         torch.cuda.empty_cache()
-    (FOLDER / "report.json").write_text(json.dumps(report))
+    if is_main_process():
+        (FOLDER / "report.json").write_text(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main()
+    run_rank(main) if "RANK" in os.environ else main()

@@ -26,6 +26,17 @@ FLASH = ("flash_fwd_", "flash_bwd_")  # kernels of flash attention
 SDPA = ("fmha_cutlassF_", "fmha_cutlassB_")  # and those that spare memory in fp32 as well
 MATH = ("SoftMax",)
 
+TORCHRUN = ("torchrun", "--standalone", "--nproc_per_node", 2)
+# Steps of real shapes, for benchmarks/bench_gpu.py, and how much they may launch.
+STEPS = {
+    "2B, one text": {"data": "one text"},
+    "2B, 14 short texts": {"data": "14 short texts"},
+    "2B, 2 images": {"data": "2 images", "gradient_checkpointing": "all"},
+    "7B on 8, one text": {"data": "one text", "model": "7B", "num_gpus": 8},
+    "7B on 8, 2 images": {"data": "2 images", "model": "7B", "num_gpus": 8}
+    | {"gradient_checkpointing": "all"},
+}
+
 pytestmark = pytest.mark.skipif(
     not (shutil.which("gcc") and list(Path(sys.prefix).glob("lib/*/site-packages/nvidia/cu13"))),
     reason="needs gcc, and the CUDA build of PyTorch",
@@ -78,8 +89,14 @@ def report(nullgpu, tmp_path_factory) -> dict:
         flags += ["--prompts", held_out, "--device", device]
         cases.append({"name": name, "script": script, "flags": [*map(str, flags)]})
     train("full", SMALL, "bf16", "--max_steps", 2)
+    train("compiled", "cuda:0", "bf16", "--compile", "--max_steps", 3)
+    cases += [{"name": name, "step": step} for name, step in STEPS.items()]
+    return drive(folder, cases, nullgpu)
+
+
+def drive(folder: Path, cases: list[dict], environment: dict, *launcher) -> dict:
     (folder / "cases.json").write_text(json.dumps(cases))
-    print(run_script(HERE / "driver.py", folder, **nullgpu))
+    print(run_script(*launcher, HERE / "driver.py", folder, **environment))
     return json.loads((folder / "report.json").read_text())
 
 
@@ -89,7 +106,7 @@ def launched(counts: dict, names: tuple[str, ...]) -> list[int]:
 
 
 def test_every_run_ends_well_but_where_memory_is_full(report):
-    ends = {name: case["end"] for name, case in report.items()}
+    ends = {name: case["end"] for name, case in report.items() if name not in STEPS}
     assert "--gradient_checkpointing all; a lower --max_tokens" in ends.pop("full")
     assert not any(ends.values()), ends
 
@@ -121,13 +138,14 @@ def test_an_old_gpu_attends_in_bf16_with_a_matrix_of_all_pairs(report):
 
 def test_cudnn_is_never_asked_to_attend(report):
     """Nowhere: neither in training nor for an answer, whose attention may choose it on 9.0."""
-    assert not any("cudnnBackendCreateDescriptor" in case["total"] for case in report.values())
+    totals = [case.get("total") or case["counts"] for case in report.values()]
+    assert not any("cudnnBackendCreateDescriptor" in total for total in totals)
 
 
 def test_the_host_waits_once_a_step(report):
     """To read loss and gradient norm; where it is more, `waits` has the lines."""
     for name, case in report.items():
-        for step in case["steps"]:
+        for step in case.get("steps", [])[name == "compiled" :]:  # compiling waits
             assert step["waits"] == step["device_to_host"] == 1, (name, case["waits"])
 
 
@@ -138,6 +156,34 @@ def test_a_micro_batch_launches_and_copies_no_more_than_it_did(name, most, repor
         assert step["launches"] <= most * step["micro_batches"]
         # Its own tensors, and nothing that was already there.
         assert step["host_to_device"] <= 10 * step["micro_batches"]
+
+
+def test_compiled_layers_launch_less_and_are_compiled_once(report):
+    first, *steps = report["compiled"]["steps"]
+    for step, plain in zip(steps, report["bf16 90"]["steps"][1:], strict=True):
+        assert step["graphs"] == first["graphs"] > 0
+        assert step["launches"] < 0.6 * plain["launches"]
+        assert launched(step, FLASH[:1]) == launched(plain, FLASH[:1])
+
+
+@pytest.mark.parametrize("name, most", [("2B, one text", 8200), ("2B, 14 short texts", 8100)])
+def test_a_step_of_2b_launches_no_more_than_it_did(name, most, report):
+    assert report[name]["counts"]["launches"] <= most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data, most", [("one text", 3800), ("14 short texts", 3700)])
+def test_a_compiled_step_of_2b_launches_less_than_half(data, most, nullgpu, tmp_path):
+    case = {"name": data, "step": {"data": data, "compile": True}}
+    assert drive(tmp_path, [case], nullgpu)[data]["counts"]["launches"] <= most
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_of_a_real_shape_waits_for_nothing_and_takes_what_was_planned(name, report):
+    step = report[name]
+    assert "waits" not in step["counts"]  # nothing is read, as the loop does once
+    peak = step["allocated_gib"]
+    assert abs(step["planned_gib"] - peak) < 0.05 * peak + 64 / 1024
 
 
 def test_a_resumed_run_asks_for_what_the_whole_one_did(report):
@@ -153,13 +199,36 @@ def test_the_planned_peak_is_that_of_the_allocator(nullgpu):
     assert "3 passed" in printed
 
 
-@pytest.mark.parametrize("shard_size", [1, 2])
-def test_two_ranks_train_and_save(shard_size, nullgpu, tmp_path):
-    """Objects and long waits go over gloo; through this NCCL nothing would arrive."""
+@pytest.fixture(scope="module")
+def two_ranks(nullgpu, tmp_path_factory) -> tuple[Path, dict]:
+    """A folder with runs of two ranks by their shard size, and the first rank's report."""
+    folder = tmp_path_factory.mktemp("two")
     flags = ["--model_name_or_path", "tiny", "--precision", "bf16", "--num_workers", 0]
-    flags += ["--max_steps", 3, "--save_steps", 2, "--shard_size", shard_size]
-    launcher = ("torchrun", "--standalone", "--nproc_per_node", 2, "finetune_distributed.py")
-    printed = run_script(*launcher, *flags, "--output_dir", tmp_path / "out", **nullgpu)
+    flags += ["--max_steps", 3, "--save_steps", 2]
+    cases = [
+        {"name": size, "script": "finetune_distributed"}
+        | {"flags": [*flags, "--shard_size", size, "--output_dir", str(folder / size)]}
+        for size in "12"
+    ]
+    return folder, drive(folder, cases, nullgpu, *TORCHRUN)
+
+
+@pytest.mark.parametrize("size, sum_up", [("1", "ncclAllReduce"), ("2", "ncclReduceScatter")])
+def test_two_ranks_train_save_and_wait_once_a_step(size, sum_up, two_ranks):
+    """Objects, flags and long waits go over gloo; through this NCCL nothing would arrive."""
+    folder, report = two_ranks
+    assert not report[size]["end"], report[size]["end"]
+    for step in report[size]["steps"]:
+        assert step["waits"] == step["device_to_host"] == 1, report[size]["waits"]
+        assert step[sum_up] > NUM_LAYERS
+    assert len(read_metrics(folder / size)) == 3 and len(undamaged_steps(folder / size)) == 2
+    printed = (folder / size / "train.log").read_text()
     assert "on cuda:0, bf16, attention packed_varlen" in printed
-    assert f"{2 // shard_size} replicas, each over {shard_size}" in printed
-    assert len(read_metrics(tmp_path / "out")) == 3 and len(undamaged_steps(tmp_path / "out")) == 2
+    assert f"{2 // int(size)} replicas, each over {size}" in printed
+
+
+def test_two_ranks_whose_memory_is_full_say_what_to_do(nullgpu, tmp_path):
+    flags = ["--model_name_or_path", "tiny", "--precision", "bf16", "--output_dir", tmp_path / "a"]
+    small = nullgpu | {"NULLGPU_DEVICES": "90:0.125,90:0.125", "CUDA_VISIBLE_DEVICES": "0,1"}
+    printed = run_script(*TORCHRUN, "finetune_distributed.py", *flags, code=1, **small)
+    assert "Root Cause" in printed and "--gradient_checkpointing all; a lower" in printed

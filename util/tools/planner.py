@@ -5,6 +5,7 @@ Nothing here needs weights or a GPU: a step runs on tensors that have shapes and
 
 import dataclasses
 import weakref
+from itertools import chain
 
 import psutil
 import torch
@@ -181,25 +182,32 @@ def plan_memory(
 ) -> dict:
     """Return GiB by kind, and the peak, of the step with the largest micro-batch of `data`.
 
-    With `shard_size` GPUs sharing the states: of one of them, estimated (fully_shard gathers a
-    block at a time).
+    With `shard_size` GPUs sharing the states: of one of them, estimated from what fully_shard
+    gathers.
     """
     samples, is_accumulated = largest_micro_batch(data, model_config, config)
     micro_batch = data.samples.collate([data.samples[i] for i in samples])
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = _fake_model(model_config, config, mode)
     trained = [p for p in model.parameters() if p.requires_grad]
+    states = _states_of(model, config)
+    if shard_size > 1 and config.uses_autocast:
+        # So fully_shard gathers them, of which autocast then makes no copies.
+        for parameter in chain(*(block.parameters() for block in _blocks_of(model))):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.bfloat16()
     # From the second micro-batch of a step on, gradients stand already.
     tracker, logits_bytes = _follow_memory(
         model, processor, micro_batch, config, mode, 1 + is_accumulated
     )
-    states = _states_of(model, config)
     activations, gathered = tracker.peak_beside_gradients, 0
     if shard_size == 1:  # gradients grow while activations fall
         passes = states.weights + states.optimizer + tracker.peak
     else:
-        gathered = _gathered_bytes(model, config)
-        passes = states.total / shard_size + activations + gathered
+        gathered, at_the_end = _gathered_bytes(model)
+        begun = states.total - (0 if is_accumulated else states.gradients)
+        passes = begun / shard_size + activations + gathered
+        passes = max(passes, states.total / shard_size + at_the_end)
     optimizer_step = (states.total + optimizer_step_bytes(trained, config)) / shard_size
     kinds = {
         "weights": states.weights / shard_size,
@@ -255,25 +263,36 @@ def _follow_memory(
     return tracker, logits_bytes
 
 
-def _gathered_bytes(model, config: Config) -> int:
-    """Return what is whole on every GPU at a time: the root's weights, and two blocks.
+def _blocks_of(model) -> list:
+    """Return what fully_shard gathers for itself in bf16, where that is what is computed in."""
+    vision_blocks, layers = layers_of(model)
+    return [*vision_blocks, *layers, *([] if model.config.tie_word_embeddings else [model.lm_head])]
 
-    One is computed with while the next one is gathered, and one has its gradient, in fp32 for the
-    reduction.
+
+def _gathered_bytes(model) -> tuple[int, int]:
+    """Return what is whole on every GPU while activations are most, and when backward ends.
+
+    A block's gradients are reduced in fp32, with the weights of the next one there. The logits'
+    matrix follows the loss; of the rest, gradients are whole until the end, where embeddings that
+    are not tied to it have theirs.
     """
 
-    def itemsize(parameter) -> int:
-        if not parameter.is_floating_point():
-            return 1
-        return 4 if config.precision == "fp32" else 2
+    def size(module, weights: int, gradients: int, reduced: int) -> int:
+        total = 0
+        for p in module.parameters():
+            trained = p.requires_grad * (gradients * p.itemsize + reduced)
+            total += p.numel() * (weights * p.itemsize + trained)
+        return total
 
-    vision_blocks, layers = layers_of(model)
-    blocks = [list(block.parameters()) for block in (*vision_blocks, *layers)]
-    root = sum(p.numel() for p in model.parameters()) - sum(p.numel() for b in blocks for p in b)
-    largest = max(
-        sum(p.numel() * (2 * itemsize(p) + 4 * p.requires_grad) for p in block) for block in blocks
-    )
-    return root * (2 if config.precision == "bf16_lean" else 4) + largest
+    def size_of_rest(*each: int) -> int:
+        return size(model, *each) - sum(size(block, *each) for block in _blocks_of(model))
+
+    most = max(size(block, 2, 1, 4) for block in chain(*layers_of(model)))
+    during = size_of_rest(1, 1, 0)
+    if not model.config.tie_word_embeddings:
+        most = max(most, size(model.lm_head, 0, 0, 4))
+        during -= size(model.get_input_embeddings(), 1, 1, 0)
+    return during + most, size_of_rest(1, 0, 4)
 
 
 def largest_micro_batch(data: PlannedData, model_config, config: Config, most_steps: int = 5000):
