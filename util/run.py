@@ -185,6 +185,14 @@ def explain_out_of_memory(error: Exception) -> UserError:
     )
 
 
+def _explain_full_memory(main) -> None:
+    """Run main(); a full GPU is a UserError, raised, since the launcher tells what is handled."""
+    try:
+        main()
+    except torch.OutOfMemoryError as error:
+        raise explain_out_of_memory(error) from None
+
+
 def run_main(main) -> None:
     """Run a script's main(); a UserError becomes one message and exit code 1."""
     transformers.logging.disable_progress_bar()
@@ -201,11 +209,9 @@ def run_main(main) -> None:
 
 def _exit_code(main) -> int | str | None:
     try:
-        main()
+        _explain_full_memory(main)
     except SystemExit as end:
         return end.code
-    except torch.OutOfMemoryError as error:
-        return f"error: {explain_out_of_memory(error)}"
     except UserError as error:
         return f"error: {make_visible(str(error))}"
     except KeyboardInterrupt:
@@ -235,7 +241,7 @@ def run_rank(main) -> None:
     transformers.logging.disable_progress_bar()
     exit_code = 1
     try:
-        main()
+        _explain_full_memory(main)
         PartialState().destroy_process_group()
         exit_code = 0
     except SystemExit as end:
@@ -245,8 +251,6 @@ def run_rank(main) -> None:
     except KeyboardInterrupt:
         pass
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            error = explain_out_of_memory(error)
         _wait_for_the_first_to_fail(error)
         record_failure(error)
     if exit_code in (0, EXIT_STOPPED):

@@ -21,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch._dynamo.utils import counters
 from transformers import GenerationMixin
 
@@ -82,6 +83,9 @@ def main() -> None:
         else:
             report[case["name"]] = run_case(case["script"], case["flags"])
         torch.cuda.empty_cache()
+    if dist.is_initialized():
+        backends = (dist.group.WORLD._get_backend(torch.device(kind)) for kind in ("cpu", "cuda"))
+        report["limits"] = [backend.options._timeout.total_seconds() for backend in backends]
     if is_main_process():
         (FOLDER / "report.json").write_text(json.dumps(report))
 

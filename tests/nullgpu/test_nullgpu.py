@@ -217,6 +217,7 @@ def two_ranks(nullgpu, tmp_path_factory) -> tuple[Path, dict]:
 def test_two_ranks_train_save_and_wait_once_a_step(size, sum_up, two_ranks):
     """Objects, flags and long waits go over gloo; through this NCCL nothing would arrive."""
     folder, report = two_ranks
+    assert report["limits"] == [2 * 3600, 600]  # seconds, of gloo and NCCL
     assert not report[size]["end"], report[size]["end"]
     for step in report[size]["steps"]:
         assert step["waits"] == step["device_to_host"] == 1, report[size]["waits"]
