@@ -49,6 +49,13 @@ def test_bf16_on_a_gpu_begins_as_fp32_does(precision, mixed_data, tmp_path):
     assert losses == pytest.approx(expected, rel=0.02)
 
 
+def test_4_bits_on_a_gpu_begin_as_on_the_cpu(mixed_data, tmp_path):
+    flags = ("--max_steps", 3, "--precision", "bf16_4bit", "--lora_rank", 8)
+    losses, _ = train(mixed_data, tmp_path / "gpu", *flags, "--device", "cuda")
+    expected, _ = train(mixed_data, tmp_path / "cpu", *flags, "--device", "cpu")
+    assert losses == pytest.approx(expected, rel=0.02)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_lean"])
 def test_a_run_on_a_gpu_is_resumed(precision, mixed_data, tmp_path):
     """To 1e-3, not to the last bit: kernels may add in another order."""
@@ -76,7 +83,15 @@ def test_flash_kernels_give_what_packed_sdpa_gives(name, mixed_data, tiny_folder
     assert (logits[0] - logits[1]).abs().max() < 0.02 * logits[0].abs().max()
 
 
-@pytest.mark.parametrize("flags", [{}, {"gradient_checkpointing": "all"}, {"lora_rank": 8}])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"gradient_checkpointing": "all"},
+        {"lora_rank": 8},
+        {"lora_rank": 8, "precision": "bf16_4bit"},
+    ],
+)
 def test_the_planned_peak_is_that_of_the_gpu(flags, mixed_data, tiny_folder):
     """In bf16; within 5 % and 4 MiB, without the workspaces of cuBLAS, which depend on the card."""
     flags = {"precision": "bf16", "batch_size": 8, "max_tokens": 2000} | flags

@@ -219,14 +219,18 @@ def test_the_dummy_segment_reaches_every_parameter_and_changes_none(run):
     assert all(p.grad.count_nonzero() == 0 for p in run.model.parameters())
 
 
-@pytest.mark.parametrize("part", ["all", "llm", "vision"])
-def test_adapters_stand_on_the_linear_layers_of_every_family(run, part):
+@pytest.mark.parametrize(
+    "part, precision", [("all", "fp32"), ("llm", "fp32"), ("vision", "fp32"), ("all", "bf16_4bit")]
+)
+def test_adapters_stand_on_the_linear_layers_of_every_family(run, part, precision):
     """B begins at zero, so the gradients of A are; those of B say that each adapter takes part.
 
-    With checkpointing, they are the same whether samples are packed or alone.
+    With checkpointing, they are the same whether samples are packed or alone, on any base; with
+    all the rest in fp32, to see that.
     """
     flags = {"lora_rank": 4, "train": [part], "gradient_checkpointing": "all"}
-    model = set_up(tiny_config(train_data=run.config.train_data, **flags), run.folder).model
+    flags |= {"precision": precision, "train_data": run.config.train_data}
+    model = set_up(tiny_config(**flags), run.folder).model.float()
     samples, packed = [run.encoder.encode(record) for record in run.records], []
     for rows in ([samples], [[sample] for sample in samples]):
         model.zero_grad()
