@@ -151,6 +151,7 @@ def test_flags_whose_help_has_changed_since_its_translation_are_named(tmp_path, 
 # Of hf, vllm, pip, docker, Slurm, tensorboard and run_tests.sh; and one that is said not to exist.
 OTHER_FLAGS = {
     *("exclude", "served-model-name", "enable-lora", "max-lora-rank", "lora-modules"),
+    *("enable-tower-connector-lora", "outfile", "mmproj", "image", "build", "config"),
     *("no-build-isolation", "shm-size", "nodes", "ntasks-per-node", "gpus-per-node"),
     *("cpus-per-task", "logdir", "all", "help", "compile"),
 }

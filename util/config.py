@@ -131,8 +131,8 @@ class Config:
     min_pixels: int = HfArg(default=56 * 56, help="smallest image, in pixels after resizing")
     max_pixels: int | None = HfArg(
         default=None,
-        help="largest image, in pixels after resizing; 28 x 28 (Qwen3-VL: 32 x 32) are one token. "
-        + _left_out("max_pixels"),
+        help="largest image, in pixels after resizing; 28 x 28 (from Qwen3-VL on: 32 x 32) are one "
+        "token. " + _left_out("max_pixels"),
     )
     video_fps: float = HfArg(default=2.0, help="frames sampled from each second of video")
     video_max_frames: int = HfArg(default=768, help="most frames sampled from one video")
