@@ -69,7 +69,8 @@ def run_case(script: str, flags: list[str]) -> dict:
     loop.set_learning_rate, loop.RunLog.step = set_learning_rate, log_step
     total = sum([*others, *steps, take_counts()], Counter())
     waits = Counter(f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
-    return {"steps": steps, "total": total, "waits": waits, "end": end}
+    between = others[2:]  # logging, signals, saving
+    return {"steps": steps, "between": between, "total": total, "waits": waits, "end": end}
 
 
 def main() -> None:

@@ -199,6 +199,41 @@ def test_the_planned_peak_is_that_of_the_allocator(nullgpu):
     assert "3 passed" in printed
 
 
+FLASH_ATTN = """
+import torch
+from torch.nn.attention.varlen import varlen_attn
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                           dropout_p=0.0, softmax_scale=None, causal=False):
+    assert all(x.is_cuda and x.dtype == torch.bfloat16 for x in (q, k, v))
+    return varlen_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                       window_size=(-1, 0) if causal else (max_seqlen_q, max_seqlen_q),
+                       scale=softmax_scale, enable_gqa=q.shape[1] != k.shape[1])
+flash_attn_func = flash_attn_with_kvcache = pad_input = unpad_input = None
+"""
+
+
+def test_the_package_flash_attn_is_used_where_it_is_installed(nullgpu, tmp_path):
+    """A package that has its name and PyTorch's kernels."""
+    for name, text in {
+        "flash_attn/__init__.py": FLASH_ATTN,
+        "flash_attn/bert_padding.py": FLASH_ATTN,
+        "flash_attn-2.8.3.dist-info/METADATA": "Name: flash-attn\nVersion: 2.8.3\n",
+        "flash_attn-2.8.3.dist-info/top_level.txt": "flash_attn\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    flags = ["--model_name_or_path", "tiny", "--precision", "bf16", "--num_workers", 0]
+    flags += ["--max_steps", 2, "--output_dir", str(tmp_path / "out")]
+    environment = nullgpu | {"PYTHONPATH": f"{tmp_path}:{nullgpu['PYTHONPATH']}"}
+    case = {"name": "it", "script": "finetune", "flags": flags}
+    report = drive(tmp_path, [case], environment)["it"]
+    assert not report["end"], report["end"]
+    assert "attention flash_attention_2" in (tmp_path / "out" / "train.log").read_text()
+    for step in report["steps"]:
+        assert launched(step, FLASH[:1]) == [NUM_LAYERS * step["micro_batches"]]
+        assert step["waits"] == 1, report["waits"]
+
+
 @pytest.fixture(scope="module")
 def two_ranks(nullgpu, tmp_path_factory) -> tuple[Path, dict]:
     """A folder with runs of two ranks by their shard size, and the first rank's report."""
@@ -222,6 +257,7 @@ def test_two_ranks_train_save_and_wait_once_a_step(size, sum_up, two_ranks):
     for step in report[size]["steps"]:
         assert step["waits"] == step["device_to_host"] == 1, report[size]["waits"]
         assert step[sum_up] > NUM_LAYERS
+    assert "waits" not in report[size]["between"][0]
     assert len(read_metrics(folder / size)) == 3 and len(undamaged_steps(folder / size)) == 2
     printed = (folder / size / "train.log").read_text()
     assert "on cuda:0, bf16, attention packed_varlen" in printed
