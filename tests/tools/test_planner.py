@@ -97,7 +97,9 @@ def test_a_shard_holds_its_part_of_the_states(mixed_data, larger_tiny):
             assert four[kind] == pytest.approx(one[kind] / 4, abs=1e-3)
         working = four["activations_gib"] + four["logits_gib"]
         held = sum(four[kind] for kind in states)
-        assert held < four["peak_gib"] <= held + working + 5e-3
+        # In the first micro-batch of a step, no gradients stand yet.
+        least = held + working - (four["gradients_gib"] if max_tokens == 2000 else 0)
+        assert least - 5e-3 <= four["peak_gib"] <= held + working + 5e-3
         peaks.append(working)
         gathered = 2 * one["weights_gib"]  # the root and blocks, at most
         assert working < one["activations_gib"] + one["logits_gib"] + gathered
