@@ -167,14 +167,15 @@ def test_a_damaged_tiny_model_is_built_again(tmp_path, monkeypatch, caplog):
 
 
 def test_lora_tells_that_added_tokens_stay_as_they_are(tiny_folder, tmp_path, caplog):
-    """Also one that looks like Qwen's own; without LoRA, and without them, there is no warning."""
+    """Also one that looks like Qwen's own; of these there is no warning, nor without LoRA."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder)
     tokenizer = load_processor(tiny_folder, tiny_config()).tokenizer
-    tokenizer.add_tokens(["<defect>", "<|im_happy|>", "<tool_call>"])
+    own = ["<tts_pad>", "<tts_text_bos_single>", "<|audio_start|>", "<|audio_pad|>"]
+    tokenizer.add_tokens([*own, "<defect>", "<|im_happy|>", "<tool_call>"])
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["vocab_size"] += 3
+    config["text_config"]["vocab_size"] += 7
     (folder / "config.json").write_text(json.dumps(config))
     for model, rank in ((str(folder), 8), (str(folder), None), (tiny_folder, 8)):
         *_, encoder = load_encoder(replace(tiny_config(lora_rank=rank), model_name_or_path=model))

@@ -39,10 +39,11 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 # as they came. Qwen3.5: the layers that draft tokens ahead, for servers.
 UNREAD = {"qwen3_5": "mtp."}
 
-# What is added to the vocabulary of Qwen2-VL to Qwen3.5, for chats, media, boxes, code and tools.
+# What Qwen2-VL to Qwen3.8 add to the vocabulary: for chats, media, boxes, code, tools, sound.
 OWN_TOKENS = re.compile(
-    r"<\|(endoftext|(im|object_ref|box|quad|vision)_(start|end)|(vision|image|video|fim)_pad"
-    r"|fim_(prefix|middle|suffix)|repo_name|file_sep)\|>|</?(think|tool_call|tool_response)>"
+    r"<\|(endoftext|(im|object_ref|box|quad|vision|audio)_(start|end)"
+    r"|(vision|image|video|audio|fim)_pad|fim_(prefix|middle|suffix)|repo_name|file_sep)\|>"
+    r"|</?(think|tool_call|tool_response)>|<tts_(pad|text_bos|text_eod|text_bos_single)>"
 )
 
 
