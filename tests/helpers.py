@@ -1,8 +1,10 @@
 """What tests share and is no fixture: runs on tiny, scripts, measures, and data made by hand."""
 
+import ctypes
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -38,40 +40,68 @@ POLICY = PixelPolicy(
 )
 # What takes longer hangs: a busy machine is no fault of ours.
 HANG_SECONDS = 1800
-# Two test processes share two cores.
+# Two test processes share two cores, and nothing asks a hub.
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT |= {"HF_HUB_OFFLINE": "1"}
 
 
-def run_script(*command, cwd=REPO, code=0, **environment):
-    """Run a command and return what it printed, both streams."""
+class Python(subprocess.Popen):
+    """A Python program that zygote.py forks, with PyTorch imported already."""
+
+    @staticmethod
+    @functools.cache
+    def zygote() -> socket.socket:
+        """Start a zygote for this process, which becomes the parent of what that orphans."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        command = [sys.executable, REPO / "tests" / "zygote.py", str(theirs.fileno())]
+        options = {"env": ENVIRONMENT, "pass_fds": [theirs.fileno()], "start_new_session": True}
+        with theirs:
+            subprocess.Popen(command, **options)
+        assert ours.recv(64) == b"ready"
+        PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
+        assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1) == 0
+        return ours
+
+    def _execute_child(self, args, *options):
+        cwd, environment, streams = options[4], options[5], options[9:15]
+        request = json.dumps([args[1:], str(cwd), environment]).encode()
+        socket.send_fds(self.zygote(), [request], [streams[i] for i in (0, 3, 5)])
+        self.pid, self._child_created = int(self.zygote().recv(64)), True
+        self._close_pipe_fds(*streams)
+
+
+def start(*command, cwd=REPO, streams=None, **environment) -> subprocess.Popen:
+    """Start a command in a process group of its own."""
     command = [str(part) for part in command]
     if command[0].endswith(".py"):
         command.insert(0, sys.executable)
-    result = subprocess.run(
+    # An environment of its own may be read while modules are imported.
+    is_python = command[0] == sys.executable and not environment
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return (Python if is_python else subprocess.Popen)(
         command,
         cwd=cwd,
         env=ENVIRONMENT | environment,
         text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-    )
-    assert result.returncode == code, result.stdout
-    return result.stdout
-
-
-def start(*command, **environment) -> subprocess.Popen:
-    """Start a command in a process group of its own."""
-    return subprocess.Popen(
-        [str(part) for part in command],
-        cwd=REPO,
-        env=ENVIRONMENT | environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
         start_new_session=True,
+        **pipes | (streams or {}),
     )
+
+
+def run_script(*command, code=0, **options) -> str:
+    """Run a command and return what it printed, both streams."""
+    return finish(start(*command, **options), None, code)
+
+
+def write_crash(folder: Path) -> Path:
+    """Write a script that trains, and fails in the first step as CUDA does."""
+    (folder / "crash.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(REPO)!r})\n"
+        "import finetune\nfrom util.run import run_main\n"
+        "def crash(*arguments):\n    raise RuntimeError('CUDA error: an illegal access')\n"
+        "finetune.cross_entropy_sum = crash\nrun_main(finetune.main)\n"
+    )
+    return folder / "crash.py"
 
 
 def finish(process, timeout=HANG_SECONDS, code=0) -> str:

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -74,6 +75,14 @@ def train_in(
     return run
 
 
+@pytest.fixture(scope="module")
+def held_out(mixed_data, tmp_path_factory):
+    """Ten samples, of all kinds."""
+    path = tmp_path_factory.mktemp("held_out") / "data.json"
+    path.write_text(json.dumps(json.loads(Path(mixed_data).read_text("utf-8"))[:10]))
+    return str(path)
+
+
 @pytest.fixture
 def run(mixed_data, tiny_folder, tmp_path):
     return functools.partial(train_in, tmp_path, mixed_data, tiny_folder)
@@ -138,10 +147,10 @@ def write_state(checkpoint, **changes):
     (checkpoint / saving.STATE_FILE).write_text(text)
 
 
-def test_the_newest_and_the_best_are_kept(run, mixed_data):
+def test_the_newest_and_the_best_are_kept(run, held_out):
     # Held-out loss rises from the third step on: the learning rate is far too high by then.
     flags = {"save_steps": 1, "eval_steps": 1, "keep_checkpoints": 1, "num_steps": 6}
-    result = run(eval_data=[mixed_data], warmup_ratio=1.0, learning_rate=0.5, **flags)
+    result = run(eval_data=[held_out], warmup_ratio=1.0, learning_rate=0.5, **flags)
     evaluated = dict(evaluations(result))
     assert sorted(evaluated) == list(range(7))
     del evaluated[0]
@@ -150,9 +159,9 @@ def test_the_newest_and_the_best_are_kept(run, mixed_data):
     assert undamaged_steps(result.folder) == [6, best]
 
 
-def test_the_best_is_the_best_on_the_same_data_and_a_number(run, mixed_data):
+def test_the_best_is_the_best_on_the_same_data_and_a_number(run, held_out):
     flags = {"save_steps": 1, "eval_steps": 2, "keep_checkpoints": 9, "num_steps": 5}
-    result = run(eval_data=[mixed_data], **flags)
+    result = run(eval_data=[held_out], **flags)
     evaluated = dict(evaluations(result))
     assert sorted(evaluated) == [0, 2, 4, 5]
     checkpoints = [result.folder / f"checkpoint-{step}" for step in range(1, 6)]
@@ -162,12 +171,12 @@ def test_the_best_is_the_best_on_the_same_data_and_a_number(run, mixed_data):
         write_state(checkpoint, eval_loss=loss)
     others = saving._read_state(checkpoints[0])["config"] | {"eval_data": ["other.json"]}
     write_state(checkpoints[0], config=others)
-    saving._prune(result.folder, tiny_config(keep_checkpoints=1, eval_data=[mixed_data]))
+    saving._prune(result.folder, tiny_config(keep_checkpoints=1, eval_data=[held_out]))
     assert undamaged_steps(result.folder) == [5, 3]
 
 
-def test_early_stopping_ends_a_run_with_its_best_weights(run, mixed_data, caplog):
-    flags = {"early_stopping": 2, "eval_steps": 1, "keep_checkpoints": 1, "eval_data": [mixed_data]}
+def test_early_stopping_ends_a_run_with_its_best_weights(run, held_out, caplog):
+    flags = {"early_stopping": 2, "eval_steps": 1, "keep_checkpoints": 1, "eval_data": [held_out]}
     flags |= {"warmup_ratio": 1.0, "learning_rate": 0.5}  # too high after some steps
     caplog.set_level("INFO", saving.logger.name)
     straight = run("straight", **flags)
@@ -209,11 +218,11 @@ def test_a_checkpoint_that_cannot_be_deleted_is_told_and_survived(run, monkeypat
     assert "could not be written" not in caplog.text
 
 
-def test_evaluation_does_not_change_the_training(run, mixed_data, tmp_path):
+def test_evaluation_does_not_change_the_training(run, held_out, tmp_path):
     (tmp_path / "own.py").write_text("def length(answer, reference):\n    return 1 + len(answer)\n")
     plain = run("plain", num_steps=5)
     flags = {"eval_generate": 3, "metric": f"{tmp_path}/own.py:length", "eval_steps": 2}
-    flags |= {"num_steps": 5, "eval_data": [mixed_data]}
+    flags |= {"num_steps": 5, "eval_data": [held_out]}
     evaluated = run("evaluated", **flags)
     assert losses(plain) == losses(evaluated)
     assert torch.equal(plain.weights, evaluated.weights)
@@ -229,7 +238,7 @@ def test_evaluation_does_not_change_the_training(run, mixed_data, tmp_path):
     assert evaluations(resumed) == held_out
 
 
-def test_a_signal_ends_an_evaluation_at_once(run, mixed_data, monkeypatch):
+def test_a_signal_ends_an_evaluation_at_once(run, held_out, monkeypatch):
     """Between micro-batches and between batches of answers; the resumed run makes up for it."""
     agree, calls, last = StopSignal.agree, [], 10**9
 
@@ -241,7 +250,7 @@ def test_a_signal_ends_an_evaluation_at_once(run, mixed_data, monkeypatch):
         agree(stop)
 
     monkeypatch.setattr(StopSignal, "agree", agree_and_count)
-    flags = {"eval_data": [mixed_data], "eval_steps": 2, "eval_generate": 9, "num_steps": 3}
+    flags = {"eval_data": [held_out], "eval_steps": 2, "eval_generate": 9, "num_steps": 3}
     straight = run("straight", **flags)  # evaluated before the first, after steps 2 and 3
     num_calls = len(calls) // 3
     assert num_calls > 2
@@ -256,14 +265,14 @@ def test_a_signal_ends_an_evaluation_at_once(run, mixed_data, monkeypatch):
         assert rows[0] == rows[1] and len(rows[0]) == 3
 
 
-def test_an_evaluation_that_fails_costs_no_step(run, mixed_data, tmp_path):
+def test_an_evaluation_that_fails_costs_no_step(run, held_out, tmp_path):
     """A judge that cannot be reached at the very end, say."""
     (tmp_path / "judge.py").write_text(
         "asked = []\ndef score(answer, reference):\n"
         "    assert asked.append(reference) or len(asked) <= 2\n"
         "    return 1\n"
     )
-    flags = {"eval_data": [mixed_data], "eval_generate": 2, "eval_steps": 9, "num_steps": 3}
+    flags = {"eval_data": [held_out], "eval_generate": 2, "eval_steps": 9, "num_steps": 3}
     with pytest.raises(UserError, match="judge.py:score: AssertionError"):
         run(metric=f"{tmp_path}/judge.py:score", **flags)
     assert undamaged_steps(tmp_path / "out") == [3]

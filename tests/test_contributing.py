@@ -1,13 +1,14 @@
 """The recipes of CONTRIBUTING.md, applied to a copy of the repo and trained for some steps."""
 
-import json
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 
-from helpers import REPO, run_script
+import finetune
+from helpers import REPO, call, read_metrics, run_script
 
 RECIPES = re.findall(
     r"^## Recipe: (.+?)\n.*?^```diff\n(.*?)^```",
@@ -51,31 +52,31 @@ def copy(tmp_path):
     return folder
 
 
+FLAGS = ("--device", "cpu", "--max_steps", 3, "--save_steps", 2)
+
+
 def train(folder, output_dir, *command):
     """Train three steps with a script of the copy, save twice, and return the losses."""
-    flags = ("--device", "cpu", "--max_steps", 3, "--save_steps", 2, "--output_dir", output_dir)
-    run_script(*command, *flags, cwd=folder)
+    run_script(*command, *FLAGS, "--output_dir", output_dir, cwd=folder)
     assert (output_dir / "checkpoint-2").is_dir() and (output_dir / "checkpoint-3").is_dir()
-    rows = (output_dir / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(row)["loss"] for row in rows]
+    return [row["loss"] for row in read_metrics(output_dir)]
 
 
-@pytest.mark.parametrize(("title", "recipe"), RECIPES, ids=[title for title, _ in RECIPES])
-def test_a_recipe_trains_alike_on_one_rank_and_two(title, recipe, copy, tmp_path):
-    before = train(copy, tmp_path / "before", "finetune.py")
-    apply(recipe, copy)
-    alone = train(copy, tmp_path / "alone", "finetune.py")
-    launcher = ("torchrun", "--standalone", "--nproc_per_node", 2, "finetune_distributed.py")
-    assert train(copy, tmp_path / "two", *launcher) == pytest.approx(alone, rel=1e-5)
-    assert alone != pytest.approx(before, rel=1e-5)
+def test_the_recipes_train_alike_on_one_rank_and_two(copy, tmp_path):
+    assert len(RECIPES) == 2
+    call(finetune, *FLAGS, "--output_dir", tmp_path / "before")
+    losses = [[row["loss"] for row in read_metrics(tmp_path / "before")]]
+    for title, recipe in RECIPES:
+        apply(recipe, copy)
+        losses.append(train(copy, tmp_path / title, "finetune.py"))
+        assert losses[-1] != pytest.approx(losses[-2], rel=1e-5)
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+    two = train(copy, tmp_path / "two", *launcher, 2, "finetune_distributed.py")
+    assert two == pytest.approx(losses[-1], rel=1e-5)
     # Tests that guard the two scripts and the plan do not mind, and notice what it takes.
     tests = (
         "tests/model/test_loss.py::test_the_planner_computes_the_loss_of_the_loop",
         "tests/test_distributed.py::test_the_distributed_script_differs_only_in_marked_lines",
         "tests/tools/test_planner.py::test_the_planned_peak_is_the_real_one[flags5]",
     )
-    run_script("python", "-m", "pytest", "-q", *tests, cwd=copy)
-
-
-def test_there_are_two_recipes_with_code():
-    assert len(RECIPES) == 2
+    run_script(sys.executable, "-m", "pytest", "-q", *tests, cwd=copy)

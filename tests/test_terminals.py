@@ -14,13 +14,14 @@ import pytest
 
 from helpers import (
     CPU,
-    ENVIRONMENT,
     HANG_SECONDS,
     REPO,
     read_metrics,
+    start,
     tiny_config,
     undamaged_steps,
     wait_for,
+    write_crash,
 )
 from util import survive
 from util.config import UserError, parse_config
@@ -31,15 +32,11 @@ FLAGS = ("--model_name_or_path", "tiny", "--device", "cpu", "--num_workers", "1"
 SCRIPT = (sys.executable, "finetune.py", *FLAGS)
 
 
-def begin(*command, output_dir, max_steps=500, **options):
+def begin(*command, output_dir, max_steps=500, **streams):
     """Start a run in a session of its own, and wait until two steps are done."""
-    process = subprocess.Popen(
-        [*command, "--max_steps", str(max_steps), "--output_dir", str(output_dir)],
-        cwd=REPO,
-        env=ENVIRONMENT,
-        start_new_session=True,
-        **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | options,
-    )
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | streams
+    command += ("--max_steps", max_steps, "--output_dir", output_dir)
+    process = start(*command, streams=streams)
     metrics = output_dir / "metrics.jsonl"
     wait_for(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 1, process)
     return process
@@ -63,10 +60,10 @@ def test_a_closed_terminal_saves_as_sigterm_does(command, tmp_path):
 
 
 def test_under_nohup_a_run_goes_on(tmp_path):
-    process = begin("nohup", *SCRIPT, output_dir=tmp_path / "out", max_steps=40)
+    process = begin("nohup", *SCRIPT, output_dir=tmp_path / "out", max_steps=15)
     os.killpg(process.pid, signal.SIGHUP)
     assert process.wait(timeout=HANG_SECONDS) == 0
-    assert undamaged_steps(tmp_path / "out") == [40]
+    assert undamaged_steps(tmp_path / "out") == [15]
 
 
 @pytest.mark.parametrize("command", [SCRIPT, ("./finetune_distributed.sh", *FLAGS)])
@@ -82,11 +79,11 @@ def test_ctrl_c_saves_also_where_tee_is_gone_first(command, tmp_path):
 def test_a_run_goes_on_without_its_terminal(tmp_path):
     terminal, end = pty.openpty()
     streams = {"stdin": end, "stdout": end, "stderr": end}
-    process = begin(*SCRIPT, output_dir=tmp_path / "out", max_steps=40, **streams)
+    process = begin(*SCRIPT, output_dir=tmp_path / "out", max_steps=15, **streams)
     os.close(end)
     os.close(terminal)
     assert process.wait(timeout=HANG_SECONDS) == 0
-    assert len(read_metrics(tmp_path / "out")) == 40
+    assert len(read_metrics(tmp_path / "out")) == 15
     assert "done" in (tmp_path / "out" / "train.log").read_text()
 
 
@@ -114,24 +111,14 @@ def test_no_way_of_printing_fails_where_nobody_reads():
 
 def test_what_stops_a_run_is_in_its_log_and_ends_it_also_where_nobody_reads(tmp_path):
     """A traceback that could not be printed left the workers, and Python waiting for them."""
-    program = (
-        "import finetune\nfrom util.run import run_main\n"
-        "def crash(*args):\n    raise RuntimeError('boom')\n"
-        "finetune.cross_entropy_sum = crash\nrun_main(finetune.main)\n"
-    )
     read, write = os.pipe()
     os.close(read)
-    process = subprocess.run(
-        [sys.executable, "-c", program, *FLAGS, "--output_dir", str(tmp_path / "out")],
-        cwd=REPO,
-        env=ENVIRONMENT,
-        stdout=write,
-        stderr=write,
-        timeout=HANG_SECONDS,
-    )
+    command = (write_crash(tmp_path), *FLAGS, "--output_dir", tmp_path / "out")
+    process = start(*command, streams={"stdout": write, "stderr": write})
     os.close(write)
+    assert process.wait(timeout=HANG_SECONDS) == 1
     log = (tmp_path / "out" / "train.log").read_text()
-    assert process.returncode == 1 and log.count("RuntimeError: boom") == 1
+    assert log.count("RuntimeError: CUDA error") == 1
 
 
 # ------------------------------------------------------------------ other runs

@@ -26,6 +26,7 @@ from helpers import (
     undamaged_steps,
     user,
     video,
+    write_crash,
     write_data,
 )
 from util.config import UserError
@@ -214,16 +215,9 @@ def test_output_folder_that_is_not_empty(run_main, tmp_path):
 
 def test_a_crash_ends_the_process_and_its_workers(tmp_path):
     """An exception of any kind: Python would wait for ever for workers that ignore SIGTERM."""
-    script = tmp_path / "crash.py"
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(REPO)!r})\n"
-        "import finetune\nfrom util.run import run_main\n"
-        "def crash(*arguments):\n    raise RuntimeError('CUDA error: an illegal access')\n"
-        "finetune.cross_entropy_sum = crash\nrun_main(finetune.main)\n"
-    )
     flags = ("--model_name_or_path", "tiny", "--train_data", "train_data/data.json")
     flags = (*flags, "--output_dir", tmp_path / "out", "--num_workers", 2)
-    assert "RuntimeError: CUDA error" in run_script(script, *flags, code=1)
+    assert "RuntimeError: CUDA error" in run_script(write_crash(tmp_path), *flags, code=1)
 
 
 def test_the_script_prints_one_line_and_no_traceback(tmp_path):
