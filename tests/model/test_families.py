@@ -56,11 +56,12 @@ WITH_TIMES_AS_TEXT = ("qwen3_vl", "qwen3_5")
 
 @pytest.fixture(scope="module")
 def family_data(tmp_path_factory) -> str:
-    """Text, pictures of several windows, clips: whole, at their own rates, parts, lists, two."""
+    """Text, pictures of several windows, clips: whole, at their own rates, parts, lists, three."""
     folder = tmp_path_factory.mktemp("families")
     clip = zoo.make_zoo_clip(folder, "h264.mp4")
     small = [make_image(folder / f"{i}.png", 70 + 30 * i, 110 + 40 * i, i) for i in range(3)]
     frames = [make_image(folder / f"f{i}.png", 64, 96, i) for i in range(5)]
+    timed = video(frames[:4]) | {"timestamps": [0.0, 1.0, 6, 8.0]}
     what, answer = text("What is it?"), assistant("A red square that moves, then text.")
     return write_data(
         folder / "data.json",
@@ -70,7 +71,7 @@ def family_data(tmp_path_factory) -> str:
             [user(*(image(path) for path in small), what), answer, user("And?"), answer],
             [{"role": "system", "content": "Be brief."}, user(video(clip), what), answer],
             [user(text("Look:"), video(clip) | {"fps": 7, "video_start": 0.3}, what), answer],
-            [user(video(frames) | {"fps": 1}, image(small[0]), video(clip), what), answer],
+            [user(video(frames) | {"fps": 1}, image(small[0]), video(clip), timed, what), answer],
         ],
     )
 
@@ -83,11 +84,15 @@ def run(request, family_data, tiny_folder, tmp_path_factory):
         folder = build_family(request.param, tiny_folder, tmp_path_factory.mktemp(request.param))
     run = set_up(tiny_config(train_data=[family_data]), folder)
     run.folder, run.family = folder, request.param
+    run.samples = [run.encoder.encode(record) for record in run.records]
+    run.micro_batch = pack(run.samples, run.encoder)
     return run
 
 
 def metadata_of(item) -> VideoMetadata:
     """Return when the frames of a clip are shown, as qwen-vl-utils tells a processor."""
+    if "timestamps" in item:  # in seconds, on average 8 / 3 apart
+        return VideoMetadata(4 * 8 / 3, 1, frames_indices=item["timestamps"])
     if isinstance(item["video"], list):
         num_frames = len(item["video"]) + len(item["video"]) % 2
         return VideoMetadata(num_frames, item["fps"], frames_indices=list(range(num_frames)))
@@ -113,8 +118,7 @@ def plain_inputs(run, messages, **kwargs) -> dict:
 def test_samples_equal_what_the_processor_makes(run):
     """Token ids, grids, pixels and positions; and the families do differ in their clips."""
     model = plain_model(run.folder)
-    for record in run.records:
-        sample = run.encoder.encode(record)
+    for record, sample in zip(run.records, run.samples):
         expected = plain_inputs(run, run.encoder.prepare(record))
         assert sample.input_ids.tolist() == expected["input_ids"][0].tolist()
         assert run.encoder.measure(record)[0] == len(sample.input_ids)
@@ -132,16 +136,18 @@ def test_samples_equal_what_the_processor_makes(run):
         position_ids, _ = model.model.get_rope_index(**expected)
         assert torch.equal(position_ids[:, 0], sample.position_ids)
 
-    # The last sample has a list of frames one second apart, and a clip with 4 in 1.6 seconds.
+    # The last sample has a list of frames one second apart, a clip with 4 in 1.6 seconds, and a
+    # list with two pictures in each of 16 / 3 seconds.
     shown = run.encoder.tokenizer.decode(sample.input_ids)
     times = [t for t in shown.split("<") if t.endswith(" seconds>")]
     steps = sample.position_ids[0][sample.input_ids == run.encoder.video_token_id].unique().diff()
     if run.family in WITH_TIMES_AS_TEXT:
-        assert times == [f"{t} seconds>" for t in (0.5, 2.5, 4.5, 0.3, 1.3)]
+        assert times == [f"{t} seconds>" for t in (0.5, 2.5, 4.5, 0.3, 1.3, 0.5, 7.0)]
     else:
         assert times == []
         # Qwen2.5-VL, here, counts two positions a second.
-        assert steps[:2].tolist() == {"qwen2_vl": [1, 1], "qwen2_5_vl": [4, 4]}[run.family]
+        expected = {"qwen2_vl": [1, 1, 1], "qwen2_5_vl": [4, 4, 10]}[run.family]
+        assert steps[[0, 1, -1]].tolist() == expected
 
 
 def test_reasoning_is_trained_where_generation_writes_it(run):
@@ -153,26 +159,24 @@ def test_reasoning_is_trained_where_generation_writes_it(run):
             run.encoder.prepare({"messages": asked + thought})
         return
     head = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    block, opened = "<think>\n\n</think>\n\n", "<think>\n"
-    trained = ("Hm.\n</think>\n\nA.<|im_end|>", True)
+    block, opened = head + "<think>\n\n</think>\n\n", head + "<think>\n"
+    plain = [(block, False), ("A.<|im_end|>", True)]
+    reasoned = [(opened, False), ("Hm.\n</think>\n\nA.<|im_end|>", True)]
     for answer, pieces in (
-        ([assistant(" A.\n")], [(head + block, False), ("A.<|im_end|>", True)]),
-        (thought, [(head + opened, False), trained]),
-        ([assistant("<think>\nHm.\n</think>\n\nA.")], [(head + opened, False), trained]),
-        (
-            [assistant("A.") | {"reasoning_content": " "}],
-            [(head + block, False), ("A.<|im_end|>", True)],
-        ),
+        ([assistant(" A.\n")], plain),
+        ([assistant("A.") | {"reasoning_content": " "}], plain),
+        (thought, reasoned),
+        ([assistant("<think>\nHm.\n</think>\n\nA.")], reasoned),
         # The template drops what was thought in earlier turns, and their empty blocks too.
         (
             thought + asked + [assistant("<box>")] + asked + thought,
             [(head, False), ("A.<|im_end|>", True), ("\n" + head, False)]
-            + [("<box><|im_end|>", True), ("\n" + head + opened, False), trained],
+            + [("<box><|im_end|>", True), ("\n" + opened, False), reasoned[1]],
         ),
     ):
         messages = run.encoder.prepare({"messages": asked + answer})
         assert run.encoder.segments(messages) == [*pieces, ("\n", False)]
-    for thinking, prompt in ((False, head + block), (True, head + opened)):
+    for thinking, prompt in ((False, block), (True, opened)):
         ids = run.encoder.encode_prompt(asked, thinking=thinking).input_ids
         assert run.encoder.tokenizer.decode(ids) == prompt
     assert run.encoder.without_reasoning("Hm.\n</think>\n\nA.") == "A."
@@ -191,19 +195,16 @@ def gradients(model):
 def test_packed_equals_alone(run):
     """Logits and gradients, against plain transformers that is given what the processor makes."""
     model = plain_model(run.folder)
-    samples, alone_logits = [], []
-    for record in run.records:
-        sample = run.encoder.encode(record)
+    alone_logits = []
+    for record, sample in zip(run.records, run.samples):
         logits = model(**plain_inputs(run, run.encoder.prepare(record))).logits[0, :-1]
         targets = sample.labels[1:]
         F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE).backward()
         alone_logits.append(logits[targets != IGNORE].detach())
-        samples.append(sample)
 
     run.model.zero_grad()
-    micro_batch = pack(samples, run.encoder)
-    logits = run.model(**run.build_inputs(micro_batch)).logits[0]
-    F.cross_entropy(logits, micro_batch.targets, reduction="sum").backward()
+    logits = run.model(**run.build_inputs(run.micro_batch)).logits[0]
+    F.cross_entropy(logits, run.micro_batch.targets, reduction="sum").backward()
     torch.testing.assert_close(logits, torch.cat(alone_logits), atol=2e-5, rtol=2e-5)
     difference = (gradients(run.model) - gradients(model)).norm() / gradients(model).norm()
     assert difference < 1e-5
@@ -231,8 +232,8 @@ def test_adapters_stand_on_the_linear_layers_of_every_family(run, part, precisio
     flags = {"lora_rank": 4, "train": [part], "gradient_checkpointing": "all"}
     flags |= {"precision": precision, "train_data": run.config.train_data}
     model = set_up(tiny_config(**flags), run.folder).model.float()
-    samples, packed = [run.encoder.encode(record) for record in run.records], []
-    for rows in ([samples], [[sample] for sample in samples]):
+    packed = []
+    for rows in ([run.samples], [[sample] for sample in run.samples]):
         model.zero_grad()
         for row in rows:
             micro_batch = pack(row, run.encoder)
@@ -281,8 +282,19 @@ def test_kernels_of_linear_attention_get_the_ends_of_samples(run, monkeypatch):
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
 
 
+def note_and_attend(calls: list, is_causal, q, k, v, cu_q, cu_k, max_q, max_k, scale):
+    """Do what kernels of flash attention do; add (is causal, ends of q, ends of k) to `calls`."""
+    lengths = cu_q.diff().tolist()
+    assert cu_q.dtype == torch.int32 and isinstance(max_q, int)
+    assert max_q == max_k == max(lengths) and sum(lengths) == len(q)
+    calls.append((is_causal, cu_q.tolist(), cu_k.tolist()))
+    module = SimpleNamespace(is_causal=is_causal)
+    rows = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return attention.packed_sdpa(module, *rows, None, cu_seq_lens_q=cu_q, scaling=scale)[0][0]
+
+
 def stand_in_for_flash(monkeypatch) -> list:
-    """Put a stand-in for the kernel; return its calls as (is causal, ends of q, ends of k)."""
+    """Put a stand-in for the kernel of the package flash-attn; return its calls."""
     calls = []
 
     def flash_attn_varlen_func(
@@ -297,22 +309,10 @@ def stand_in_for_flash(monkeypatch) -> list:
         softmax_scale=None,
         causal=False,
         window_size=(-1, -1),
-        deterministic=False,
     ):
-        assert cu_seqlens_q.dtype == torch.int32 and isinstance(max_seqlen_q, int)
-        lengths = cu_seqlens_q.diff().tolist()
-        assert max_seqlen_q == max_seqlen_k == max(lengths) and sum(lengths) == len(q)
-        calls.append((causal, cu_seqlens_q.tolist(), cu_seqlens_k.tolist()))
-        outputs = [
-            F.scaled_dot_product_attention(
-                *(x.transpose(0, 1) for x in qkv),
-                is_causal=causal,
-                scale=softmax_scale,
-                enable_gqa=True,
-            ).transpose(0, 1)
-            for qkv in zip(*(x.split(lengths) for x in (q, k, v)))
-        ]
-        return torch.cat(outputs)
+        assert dropout_p == 0 and window_size == (-1, -1)
+        ends = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return note_and_attend(calls, causal, q, k, v, *ends, softmax_scale)
 
     flash = modeling_flash_attention_utils
     monkeypatch.setattr(flash, "_loaded_implementation", "flash_attention_2")
@@ -323,18 +323,14 @@ def stand_in_for_flash(monkeypatch) -> list:
 
 
 def stand_in_for_varlen(monkeypatch) -> list:
-    """Put a stand-in for torch's varlen_attn; return its calls as stand_in_for_flash does."""
+    """Put a stand-in for torch's varlen_attn; return its calls."""
     calls = []
 
     def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
-        assert cu_q.dtype == torch.int32 and max_q == max_k == max(cu_q.diff().tolist())
         is_causal = window_size == (-1, 0)
         # None, which is (-1, -1), would go to cuDNN; one as wide as all is none.
         assert is_causal or window_size == (max_q, max_q)
-        calls.append((is_causal, cu_q.tolist(), cu_k.tolist()))
-        module = SimpleNamespace(is_causal=is_causal)
-        rows = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return attention.packed_sdpa(module, *rows, None, cu_seq_lens_q=cu_q, scaling=scale)[0][0]
+        return note_and_attend(calls, is_causal, q, k, v, cu_q, cu_k, max_q, max_k, scale)
 
     monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
     return calls
@@ -354,19 +350,17 @@ def test_flash_kernels_get_the_ends_of_frames_and_windows(name, run, monkeypatch
         for config in (model.config, model.config.text_config, model.config.vision_config):
             config._attn_implementation = name
     build_inputs = InputBuilder(run.processor, name, torch.device("cpu"))
-    samples = [run.encoder.encode(record) for record in run.records]
-    micro_batch = pack(samples, run.encoder)
     with torch.no_grad():
-        logits = model(**build_inputs(micro_batch)).logits
-        expected = run.model(**run.build_inputs(micro_batch)).logits
+        logits = model(**build_inputs(run.micro_batch)).logits
+        expected = run.model(**run.build_inputs(run.micro_batch)).logits
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
 
     def ends(lengths):
         return [0, *np.cumsum(lengths).tolist()]
 
-    grids = [grid for sample in samples for grid in sample.grids] + [(1, 2, 2)]
+    grids = [grid for sample in run.samples for grid in sample.grids] + [(1, 2, 2)]
     of_frames = ends([h * w for t, h, w in grids for _ in range(t)])
-    of_samples = ends([len(sample.input_ids) for sample in samples] + [1])
+    of_samples = ends([len(sample.input_ids) for sample in run.samples] + [1])
     depth, layers = len(model.model.visual.blocks), model.model.language_model.layers
     num_attentions = sum(hasattr(layer, "self_attn") for layer in layers)
     assert calls[depth:] == [(True, of_samples, of_samples)] * num_attentions
@@ -391,7 +385,6 @@ def test_inputs_lie_where_a_gpu_needs_them(run, monkeypatch):
 
     for name in ("stay_on_cpu", "segment_lengths"):
         monkeypatch.setattr(inputs, name, on_real_tensors(getattr(inputs, name)))
-    micro_batch = pack([run.encoder.encode(run.records[0])], run.encoder)
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
         with torch.device("cuda"):
             model = AutoModelForImageTextToText.from_config(
@@ -402,14 +395,13 @@ def test_inputs_lie_where_a_gpu_needs_them(run, monkeypatch):
             model.model.register_forward_pre_hook(place_media, with_kwargs=True)
         keep_samples_apart(model)
         build_inputs = InputBuilder(run.processor, "packed_sdpa", torch.device("cuda"))
-        logits = model(**build_inputs(micro_batch)).logits
-    assert logits.device.type == "cuda" and logits.shape[1] == len(micro_batch.targets)
+        logits = model(**build_inputs(run.micro_batch)).logits
+    assert logits.device.type == "cuda" and logits.shape[1] == len(run.micro_batch.targets)
 
 
 def test_fully_shard_leaves_lengths_on_the_cpu(run):
     """On a GPU it moves all arguments there; layers would fetch these back one by one."""
-    micro_batch = pack([run.encoder.encode(run.records[0])], run.encoder)
-    inputs = InputBuilder(run.processor, "packed_sdpa", torch.device("cpu"))(micro_batch)
+    inputs = run.build_inputs(run.micro_batch)
     _, (moved,) = _to_kwargs((), inputs, torch.device("meta"), False)
     stay = {name for name, value in moved.items() if getattr(value, "is_cpu", False)}
     expected = {"cu_seq_lens_q", "cu_seq_lens_k", "image_cu_seqlens", "image_grid_thw"}
@@ -421,12 +413,11 @@ def test_features_are_placed_without_looking_for_their_places(run):
     """On a GPU the host would wait for the answer. The gradients are those of transformers."""
     if run.family == "qwen3_vl":
         pytest.skip("its first decoder layers look for them all the same")
-    micro_batch = pack([run.encoder.encode(record) for record in run.records], run.encoder)
     gradients = []
     for hooks in ({}, run.model.model._forward_pre_hooks):
         with pytest.MonkeyPatch.context() as monkeypatch, profile() as profiler:
             monkeypatch.setattr(run.model.model, "_forward_pre_hooks", hooks)
-            logits = run.model(**run.build_inputs(micro_batch)).logits
+            logits = run.model(**run.build_inputs(run.micro_batch)).logits
             logits.square().sum().backward()
         gradients.append([p.grad for p in run.model.parameters()])
         run.model.zero_grad()
@@ -449,22 +440,6 @@ def test_saved_processor_resizes_as_training_did(run, tmp_path):
             made = processor.video_processor([clip], do_sample_frames=False, return_tensors="pt")
             size = policy.frame_size(num_frames, height, width)
             assert tuple(made["video_grid_thw"][0].tolist()) == policy.grid(num_frames, *size)
-
-
-def test_a_list_of_frames_has_times_of_its_own(run, tmp_path):
-    frames = [make_image(tmp_path / f"{i}.png", 56, 56, i) for i in range(4)]
-    item = video(frames) | {"timestamps": [0.0, 1.0, 6, 8.0]}
-    record = {"messages": [user(item, text("?")), assistant("x")]}
-    sample = run.encoder.encode(record)
-    assert run.encoder.measure(record)[0] == len(sample.input_ids)
-    shown = run.encoder.tokenizer.decode(sample.input_ids)
-    is_clip = sample.input_ids == run.encoder.video_token_id
-    steps = sample.position_ids[0][is_clip].unique().diff().tolist()
-    if run.family in WITH_TIMES_AS_TEXT:
-        assert "<0.5 seconds>" in shown and "<7.0 seconds>" in shown
-    else:
-        # Two pictures in each of 16 / 3 seconds; Qwen2.5-VL, here, counts two positions a second.
-        assert steps == {"qwen2_vl": [1], "qwen2_5_vl": [10]}[run.family]
 
 
 def test_answers_are_those_of_plain_transformers(run):
