@@ -17,6 +17,7 @@ from helpers import (
     REPO,
     assistant,
     call,
+    encoder_for,
     image,
     make_image,
     read_metrics,
@@ -37,21 +38,27 @@ from util.data.sample import find_file
 GOOD = [user("Hi"), assistant("Hello.")]
 
 
-@pytest.fixture
-def run_main(monkeypatch, tmp_path):
-    """Call finetune.main() with flags, in this process."""
+def about(content) -> list[dict]:
+    """Return a conversation about an item, or a text."""
+    return [user(content), assistant("x")]
 
-    def run(*flags):
+
+@pytest.fixture
+def train(monkeypatch, tmp_path):
+    """Call finetune.main() for a step, in this process, with conversations or a file of data."""
+
+    def run(data, *flags):
         monkeypatch.chdir(tmp_path)
-        more = ("--num_workers", 0, "--output_dir", tmp_path / "out", *flags)
-        call(finetune, "--model_name_or_path", "tiny", "--max_steps", 1, *more)
+        data = write_data(tmp_path / "d.json", data) if isinstance(data, list) else data
+        more = ("--num_workers", 0, "--max_steps", 1, "--output_dir", tmp_path / "out", *flags)
+        call(finetune, "--model_name_or_path", "tiny", "--train_data", data, *more)
 
     return run
 
 
-def fails(run_main, *flags):
+def fails(train, data, *flags):
     with pytest.raises(UserError) as info:
-        run_main(*flags)
+        train(data, *flags)
     assert not any(word in str(info.value) for word in ("Traceback", "Error("))
     return str(info.value)
 
@@ -67,70 +74,67 @@ def make_cut_image(path):
     return str(path)
 
 
-def test_all_problems_are_told_at_once(run_main, tmp_path):
-    missing = [user(image("no/such.jpg")), assistant("x")]
-    long = [user("word " * 200), assistant("x")]
-    data = write_data(tmp_path / "d.json", [GOOD, missing, GOOD, long])
-    message = fails(run_main, "--train_data", data, "--max_tokens", 100)
+def test_all_problems_are_told_at_once(train, tmp_path):
+    data = [GOOD, about(image("no/such.jpg")), GOOD, about("word " * 200)]
+    message = fails(train, data, "--max_tokens", 100)
     has(message, "sample 1: message 0", "no such file", str(tmp_path / "no/such.jpg"))
     has(message, "sample 3: has", "--max_tokens 100", "--max_pixels", "--video_fps", "shorten")
     assert "sample 0" not in message and "sample 2" not in message
 
 
-def test_a_bad_sample_in_mid_run_costs_no_step_that_was_done(run_main, tmp_path, tiny_folder):
+@pytest.fixture
+def twelve(tmp_path) -> str:
+    """A data file of twelve pictures, 0.png to 11.png."""
     paths = [make_image(tmp_path / f"{i}.png", 90, 90, i) for i in range(12)]
-    data = write_data(tmp_path / "d.json", [[user(image(p)), assistant("x")] for p in paths])
-    prepared = set_up(tiny_config(train_data=[data], batch_size=4), tiny_folder)
+    return write_data(tmp_path / "twelve.json", [about(image(path)) for path in paths])
+
+
+def test_a_bad_sample_in_mid_run_costs_no_step_that_was_done(train, tmp_path, twelve, tiny_folder):
+    prepared = set_up(tiny_config(train_data=[twelve], batch_size=4), tiny_folder)
     number = prepared.data.plan.step(2).samples[1]
     broken = tmp_path / f"{number}.png"
     whole = broken.read_bytes()
     broken.write_bytes(whole[: len(whole) // 2])
-    flags = ("--train_data", data, "--max_steps", 5, "--batch_size", 4)
-    message = fails(run_main, *flags)
+    flags = ("--max_steps", 5, "--batch_size", 4)
+    message = fails(train, twelve, *flags)
     has(message, f"sample {number}: message 0: {broken}: ", "image", "--decode")
     has(message, "use --on_bad_sample skip", "--resume_from")
     assert (tmp_path / "out" / "checkpoint-2").is_dir()
-    run_main(*flags, "--resume_from", "latest", "--on_bad_sample", "skip")
+    train(twelve, *flags, "--resume_from", "latest", "--on_bad_sample", "skip")
     rows = read_metrics(tmp_path / "out")
     assert [row["global_step"] for row in rows] == [1, 2, 3, 4, 5]
     assert [row["num_bad_samples"] for row in rows][:3] == [0, 0, 1]
 
 
 @pytest.mark.parametrize("num_samples", [1, 300])
-def test_a_decoder_that_does_not_return_ends_the_run(run_main, tmp_path, monkeypatch, num_samples):
+def test_a_decoder_that_does_not_return_ends_the_run(train, tmp_path, monkeypatch, num_samples):
     """In training, and while samples are measured, if those are so many that processes do it."""
     path = make_image(tmp_path / "a.png", 60, 60)
-    data = write_data(
-        tmp_path / "d.json", [GOOD] * (num_samples - 1) + [[user(image(path)), *GOOD]]
-    )
+    data = [GOOD] * (num_samples - 1) + [about(image(path))]
     name = "load_media" if num_samples == 1 else "probe_media"
     monkeypatch.setattr(f"util.data.sample.{name}", lambda *_: time.sleep(60))
     monkeypatch.setattr(workers, "READ_SECONDS", 3)
-    flags = ("--train_data", data, "--num_workers", 1)
     start = time.monotonic()
     with pytest.raises(SystemExit) as info:
-        util.run.run_main(lambda: run_main(*flags))
-    has(info.value.code, "error: not read within", f"{data}: sample {num_samples - 1}")
+        util.run.run_main(lambda: train(data, "--num_workers", 1))
+    has(info.value.code, "error: not read within", f"d.json: sample {num_samples - 1}")
     assert time.monotonic() - start < 40
 
 
-def test_a_picture_that_changed_since_it_was_indexed_is_refused(run_main, tmp_path):
-    path = make_image(tmp_path / "a.png", 60, 60)
-    data = write_data(tmp_path / "d.json", [[user(image(path)), assistant("x")]])
-    run_main("--train_data", data)
+def test_a_picture_that_changed_since_it_was_indexed_is_refused(train, tmp_path):
+    data = [about(image(make_image(tmp_path / "a.png", 60, 60)))]
+    train(data)
     make_image(tmp_path / "a.png", 160, 160)
     for flags in ((), ("--on_bad_sample", "skip")):  # left out, nothing would be left to train
-        output = tmp_path / f"out{len(flags)}"
-        message = fails(run_main, "--train_data", data, "--output_dir", output, *flags)
+        message = fails(train, data, "--output_dir", tmp_path / f"out{len(flags)}", *flags)
         has(message, "sample 0", "have changed", "index-")
 
 
-def test_bad_samples_are_left_out_and_counted(run_main, tmp_path):
-    bad = [[user("no answer")], [user(image("missing.jpg")), assistant("x")]]
-    broken = [user(image(make_cut_image(tmp_path / "cut.png"))), assistant("x")]
-    data = write_data(tmp_path / "d.json", [GOOD, *bad, [user("word " * 500)], broken, GOOD])
+def test_bad_samples_are_left_out_and_counted(train, tmp_path):
+    bad = [[user("no answer")], about(image("missing.jpg"))]
+    broken = about(image(make_cut_image(tmp_path / "cut.png")))
     flags = ("--on_bad_sample", "skip", "--max_tokens", 900, "--num_workers", 1)
-    run_main("--train_data", data, *flags)
+    train([GOOD, *bad, [user("word " * 500)], broken, GOOD], *flags)
     log = (tmp_path / "out" / "train.log").read_text()
     for place in ("sample 1: no assistant", "sample 2: message 0", "sample 3: ", "sample 4: mess"):
         assert place in log, log
@@ -139,54 +143,44 @@ def test_bad_samples_are_left_out_and_counted(run_main, tmp_path):
     before, metrics = read_metrics(tmp_path / "out")
     assert before == {"global_step": 0, "num_bad_samples": 3}
     assert (metrics["num_samples"], metrics["num_bad_samples"]) == (2, 1)
-    only_bad = write_data(tmp_path / "e.json", bad)
     flags = ("--on_bad_sample", "skip", "--output_dir", tmp_path / "out2")
-    has(fails(run_main, "--train_data", only_bad, *flags), "no sample is left", "sample 1")
+    has(fails(train, bad, *flags), "no sample is left", "sample 1")
 
 
-def test_held_out_samples_that_cannot_be_decoded_are_left_out_and_counted(run_main, tmp_path):
+def test_held_out_samples_that_cannot_be_decoded_are_left_out_and_counted(train, tmp_path):
     """Also those that are asked about; what is too long for the plan is not asked about."""
     cut = make_cut_image(tmp_path / "cut.png")
-    held_out = [[user("word " * 500), assistant("x")], [user(image(cut)), assistant("x")], GOOD]
-    data = write_data(tmp_path / "d.json", [GOOD])
+    held_out = [about("word " * 500), about(image(cut)), GOOD]
     eval_data = write_data(tmp_path / "e.json", held_out)
-    flags = ("--train_data", data, "--eval_data", eval_data, "--eval_generate", 9)
-    flags = (*flags, "--max_tokens", 900, "--max_steps", 1)
-    run_main(*flags, "--on_bad_sample", "skip")
+    flags = ("--eval_data", eval_data, "--eval_generate", 9, "--max_tokens", 900)
+    train([GOOD], *flags, "--on_bad_sample", "skip")
     log = (tmp_path / "out" / "train.log").read_text()
     assert log.count(f"{eval_data}: sample 1: message 0: {cut}") == 4  # two times two
     rows = [row for row in read_metrics(tmp_path / "out") if "eval_loss" in row]
     assert [row["num_bad_eval_samples"] for row in rows] == [1, 1]
     assert all("eval_exact_match" in row for row in rows)
     shutil.rmtree(tmp_path / "out")
-    eval_data = write_data(tmp_path / "e.json", held_out[1:])
-    has(fails(run_main, *flags), "cut.png", "--on_bad_sample skip")
+    write_data(tmp_path / "e.json", held_out[1:])
+    has(fails(train, [GOOD], *flags), "cut.png", "--on_bad_sample skip")
 
 
-def test_an_adapter_is_no_model_to_train(run_main, tmp_path):
-    data = write_data(tmp_path / "d.json", [GOOD])
-    run_main("--train_data", data, "--lora_rank", 2, "--max_steps", 1)
-    flags = ("--train_data", data, "--output_dir", tmp_path / "out2")
-    message = fails(run_main, *flags, "--model_name_or_path", tmp_path / "out")
+def test_an_adapter_is_no_model_to_train(train, tmp_path):
+    (tmp_path / "adapter_config.json").touch()
+    message = fails(train, [GOOD], "--model_name_or_path", tmp_path)
     has(message, "is a LoRA adapter", "python -m util.tools.merge_adapter")
-
-
-def test_the_index_need_not_be_kept(run_main, tmp_path, monkeypatch):
-    data = write_data(tmp_path / "d.json", [GOOD])
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(index, "CACHE_DIR", tmp_path / "file" / "cache")
-    run_main("--train_data", data, "--max_steps", 1)
-    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
         ({"batch_size": 0}, "--batch_size 0"),
+        ({"seed": 2**64}, "--seed 18446744073709551616"),
         ({"eval_generate": 5}, "needs --eval_data"),
         ({"metric": "a.py:b"}, "needs --eval_generate"),
         ({"learning_rate": -1.0}, "--learning_rate"),
-        ({"learning_rate": float("nan")}, "--learning_rate"),
+        ({"learning_rate": float("nan")}, "--learning_rate nan"),
+        ({"learning_rate": float("inf")}, "--learning_rate inf"),
+        ({"weight_decay": float("nan")}, "--weight_decay nan"),
         ({"warmup_ratio": 2.0}, "--warmup_ratio"),
         ({"num_workers": -1}, "--num_workers"),
         ({"min_pixels": 10**9}, "--min_pixels"),
@@ -197,19 +191,18 @@ def test_flags_that_make_no_sense(flags, words):
         tiny_config(**{"max_pixels": 50176} | flags)
 
 
-def test_unknown_flag_ends_the_program_with_its_name(run_main, capsys):
+def test_unknown_flag_ends_the_program_with_its_name(train, capsys):
     for flag in ("--batchsize", "--batch"):  # no abbreviations either
         with pytest.raises(SystemExit) as info:
-            run_main(flag, "3")
+            train([GOOD], flag, "3")
         assert info.value.code == 2 and flag in capsys.readouterr().err
 
 
-def test_output_folder_that_is_not_empty(run_main, tmp_path):
+def test_output_folder_that_is_not_empty(train, tmp_path):
     (tmp_path / "out").mkdir()
-    data = write_data(tmp_path / "d.json", [GOOD])
-    run_main("--train_data", data)
+    train([GOOD])
     before = sorted((tmp_path / "out").iterdir())
-    has(fails(run_main, "--train_data", data), "--output_dir", "not an empty folder")
+    has(fails(train, [GOOD]), "--output_dir", "not an empty folder")
     assert sorted((tmp_path / "out").iterdir()) == before
 
 
@@ -220,15 +213,13 @@ def test_a_crash_ends_the_process_and_its_workers(tmp_path):
     assert "RuntimeError: CUDA error" in run_script(write_crash(tmp_path), *flags, code=1)
 
 
-def test_the_script_prints_one_line_and_no_traceback(tmp_path):
-    """Also where a worker finds what is wrong."""
+def test_what_a_worker_finds_to_be_wrong_is_told_in_one_line(train, tmp_path, capfd):
     cut = make_cut_image(tmp_path / "cut.png")
-    data = write_data(tmp_path / "d.json", [[user(image(cut)), assistant("x")]] * 5)
-    flags = ("--model_name_or_path", "tiny", "--device", "cpu", "--train_data", data)
-    flags = (*flags, "--output_dir", tmp_path / "out", "--num_workers", 2)
-    printed = run_script("finetune.py", *flags, code=1)
-    assert re.match(f"error: {data}: sample .: message 0: {cut}: ", printed.splitlines()[-1])
-    assert "Traceback" not in printed
+    with pytest.raises(SystemExit) as info:
+        util.run.run_main(lambda: train([about(image(cut))] * 5, "--num_workers", 2))
+    place = f"error: {tmp_path}/d.json: sample .: message 0: {cut}: "
+    assert re.match(place, info.value.code) and "\n" not in info.value.code
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_media_are_found_from_the_current_folder_first(tmp_path, monkeypatch):
@@ -246,32 +237,18 @@ def test_bom_and_chinese_in_the_data_file(tmp_path):
     assert Records([str(path)])[0]["messages"][0]["content"] == "你好"
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--seed", 2**64),
-        ("--learning_rate", "inf"),
-        ("--weight_decay", "nan"),
-        ("--train_data", f"{REPO}/train_data/data.json:1e9"),
-    ],
-)
-def test_numbers_that_nobody_means_are_refused_by_name(run_main, flags):
-    has(fails(run_main, *flags), str(flags[0] if flags[0] != "--train_data" else "sampling rate"))
-
-
-def test_a_step_without_any_sample_stops_the_run(run_main, tmp_path):
+def test_a_step_without_any_sample_stops_the_run(train, tmp_path):
     """As after the disk with the media has gone: nothing was trained, and nobody was told."""
-    bad = [[user(image(make_cut_image(tmp_path / f"{i}.png"))), assistant("x")] for i in range(4)]
-    data = write_data(tmp_path / "d.json", bad)
-    flags = ("--train_data", data, "--on_bad_sample", "skip")
-    has(fails(run_main, *flags), "none of the 4 samples of a step can be read", "0: message 0")
+    bad = [about(image(make_cut_image(tmp_path / f"{i}.png"))) for i in range(4)]
+    message = fails(train, bad, "--on_bad_sample", "skip")
+    has(message, "none of the 4 samples of a step can be read", "0: message 0")
 
 
-def test_a_metric_that_exits_is_an_error(run_main, tmp_path):
+def test_a_metric_that_exits_is_an_error(train, tmp_path):
     (tmp_path / "m.py").write_text("import sys\nsys.exit(0)\n")
-    data = write_data(tmp_path / "d.json", [GOOD])
-    flags = ("--train_data", data, "--eval_data", data, "--eval_generate", 1)
-    has(fails(run_main, *flags, "--metric", f"{tmp_path}/m.py:f"), "fails: SystemExit")
+    flags = ("--eval_data", write_data(tmp_path / "e.json", [GOOD]), "--eval_generate", 1)
+    message = fails(train, [GOOD], *flags, "--metric", f"{tmp_path}/m.py:f")
+    has(message, "fails: SystemExit")
 
 
 # ------------------------------------------------------------------ what changes during a run
@@ -290,7 +267,7 @@ def in_first_step(monkeypatch, do):
 
 
 @pytest.mark.parametrize("how", ["cut short", "edited", "renamed over"])
-def test_an_edited_jsonl_file_stops_the_run_and_saves(run_main, tmp_path, monkeypatch, how):
+def test_an_edited_jsonl_file_stops_the_run_and_saves(train, tmp_path, monkeypatch, how):
     """A letter is enough, with any --on_bad_sample; a new file under its name is none of ours."""
     lines = [json.dumps({"messages": [user("Hi"), assistant(f"It is {i}")]}) for i in range(12)]
     path, other = tmp_path / "d.jsonl", "\n".join(lines).replace("It", "At")
@@ -308,20 +285,17 @@ def test_an_edited_jsonl_file_stops_the_run_and_saves(run_main, tmp_path, monkey
             os.replace(tmp_path / "new", path)
 
     in_first_step(monkeypatch, change)
-    flags = ("--train_data", path, "--on_bad_sample", "skip", "--max_steps", 3)
+    flags = ("--on_bad_sample", "skip", "--max_steps", 3)
     if how == "renamed over":
-        return run_main(*flags)
-    has(fails(run_main, *flags), f"{path}: was changed while it was in use", "rename")
+        return train(path, *flags)
+    has(fails(train, path, *flags), f"{path}: was changed while it was in use", "rename")
     assert undamaged_steps(tmp_path / "out") == [1]
 
 
-def test_a_killed_worker_costs_no_step_that_was_done(run_main, tmp_path, monkeypatch):
-    paths = [make_image(tmp_path / f"{i}.png", 90, 90, i) for i in range(12)]
-    data = write_data(tmp_path / "d.json", [[user(image(p)), assistant("x")] for p in paths])
+def test_a_killed_worker_costs_no_step_that_was_done(train, tmp_path, twelve, monkeypatch):
     in_first_step(monkeypatch, lambda: [w.kill() for w in multiprocessing.active_children()])
-    message = fails(
-        run_main, "--train_data", data, "--num_workers", 1, "--num_epochs", 9, "--max_steps", 27
-    )
+    flags = ("--num_workers", 1, "--num_epochs", 9, "--max_steps", 27)
+    message = fails(train, twelve, *flags)
     has(message, "a process that reads data was killed", "--num_workers", "--shm-size", "sample")
     assert undamaged_steps(tmp_path / "out") == [len(read_metrics(tmp_path / "out"))]
 
@@ -333,7 +307,7 @@ def test_a_killed_worker_costs_no_step_that_was_done(run_main, tmp_path, monkeyp
 def test_a_full_shared_memory_is_done_without(tmp_path):
     """As of Docker, which gives 64 MiB; here 2 MiB, for micro-batches of 5 MB."""
     paths = [make_image(tmp_path / f"{i}.png", 440, 440, i) for i in range(4)]
-    data = write_data(tmp_path / "d.json", [[user(image(p)), assistant("x")] for p in paths])
+    data = write_data(tmp_path / "d.json", [about(image(path)) for path in paths])
     flags = f"--model_name_or_path tiny --device cpu --train_data {data} --max_steps 2"
     flags += f" --num_workers 2 --output_dir {tmp_path}/out --max_pixels 200000"
     mount = "mount -t tmpfs -o size=2m tmpfs /dev/shm"
@@ -341,7 +315,9 @@ def test_a_full_shared_memory_is_done_without(tmp_path):
     assert len(read_metrics(tmp_path / "out")) == 2
 
 
-def test_a_damaged_index_is_measured_again(tmp_path, tiny_folder, monkeypatch, caplog):
+def test_an_index_that_is_damaged_or_cannot_be_kept_is_measured_again(
+    tmp_path, tiny_folder, monkeypatch, caplog
+):
     monkeypatch.setattr(index, "CACHE_DIR", tmp_path)
     data = write_data(tmp_path / "d.json", [GOOD] * 3)
 
@@ -356,6 +332,8 @@ def test_a_damaged_index_is_measured_again(tmp_path, tiny_folder, monkeypatch, c
         assert measured() == expected and "is damaged" in caplog.text
         assert cache_file.read_bytes() == content
         caplog.clear()
+    monkeypatch.setattr(index, "CACHE_DIR", cache_file / "cache")
+    assert measured() == expected and "the index is not kept" in caplog.text
 
 
 # ------------------------------------------------------------------ files that are something else
@@ -375,19 +353,22 @@ STARTS = {
 
 
 @pytest.mark.parametrize("words", STARTS)
-def test_a_file_that_is_not_what_its_name_says_is_named(run_main, tmp_path, words):
-    for name in ("a.jpg", "a.mp4", "a.json", "a.jsonl"):
+def test_a_file_that_is_not_what_its_name_says_is_named(tiny_folder, tmp_path, words):
+    for item in (image("a.jpg"), video("a.mp4")):
+        name = item[item["type"]]
         (tmp_path / name).write_bytes(STARTS[words] + bytes(99))
-    for name, item in (("a.jpg", image("a.jpg")), ("a.mp4", video("a.mp4"))):
-        data = write_data(tmp_path / "d.json", [[user(item), assistant("x")]])
-        has(fails(run_main, "--train_data", data), "sample 0: message 0", name, words)
+        with pytest.raises(ValueError, match=f"message 0: {tmp_path}/{name}: .*{words}"):
+            encoder_for(tiny_folder).measure({"messages": about(item)}, tmp_path)
     for name in ("a.json", "a.jsonl"):
-        has(fails(run_main, "--train_data", tmp_path / name), f"{name}: is ", words, "JSONL")
+        (tmp_path / name).write_bytes(STARTS[words] + bytes(99))
+        with pytest.raises(UserError, match=f"{name}: is .*{words}.*JSONL"):
+            Records([str(tmp_path / name)])
 
 
-def test_paths_of_other_systems_are_explained(run_main, tmp_path):
+def test_paths_of_other_systems_are_explained(tiny_folder, tmp_path):
     for path, words in (("~/a.jpg", "write the whole path"), ("b\\a.jpg", "set apart by /")):
-        data = write_data(tmp_path / "d.json", [[user(image(path)), assistant("x")]])
-        has(fails(run_main, "--train_data", data), f"no such file: {tmp_path}", words)
+        with pytest.raises(ValueError, match=f"(?s)no such file: .*{tmp_path}.*{words}"):
+            encoder_for(tiny_folder).measure({"messages": about(image(path))}, tmp_path)
     (tmp_path / "d.csv").write_text("a,b\n1,2\n")
-    has(fails(run_main, "--train_data", tmp_path / "d.csv"), "is a table", "JSONL")
+    with pytest.raises(UserError, match="is a table.*JSONL"):
+        Records([str(tmp_path / "d.csv")])

@@ -180,6 +180,7 @@ def test_jsonl_with_blank_lines_crlf_and_no_last_line_break(tmp_path):
         ("blank.jsonl", b"\n \n\n", "no records"),
         ("lines.json", b'{"a": 1}\n{"a": 2}\n', "line 2.*must end in .jsonl"),
         ("rate.json:0", b"[3]", "sampling rate"),
+        ("rate.json:1e9", b"[3]", "sampling rate"),
         ("bracket.json", b'[{"messages": [}\n]', "bracket.json: .*JSON.*line 1.*column 16"),
         ("third.json", b'[\n {"a": 1},\n oops\n]', "line 3.*column 2"),
         ("object.json", b'{"messages": []}', "non-empty JSON list"),
