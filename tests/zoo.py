@@ -15,54 +15,48 @@ import av
 import numpy as np
 from PIL import Image
 
+HEVC = "keyint=12:log-level=none"
 # Clips whose decoders must yield, when decoding sparsely, exactly what a full decode yields:
-# name: (codec, options, what else make_clip takes). Groups of pictures are short, so that there
+# (names, codec, options, what else make_clip takes). Groups of pictures are short, so that there
 # are several in a clip.
-CLIPS = {
-    "h264.mp4": ("libx264", {"g": "12"}, {}),
-    "h264.mov": ("libx264", {"g": "12", "bf": "3"}, {}),
-    "h264.mkv": ("libx264", {"g": "12", "bf": "3"}, {}),
-    "h264.ts": ("libx264", {"g": "12", "bf": "3"}, {}),
-    "h264.avi": ("libx264", {"g": "12", "bf": "3"}, {}),
-    "h264.flv": ("libx264", {"g": "12"}, {}),
-    "one_group.mp4": ("libx264", {"g": "250"}, {}),
-    "short_groups.mp4": ("libx264", {"x264-params": "keyint=3:min-keyint=1:bframes=2"}, {}),
-    "all_intra.mp4": ("libx264", {"g": "1"}, {}),
-    "fragmented.mp4": ("libx264", {"g": "12"}, {"mux": {"movflags": "frag_keyframe+empty_moov"}}),
-    "faststart.mp4": ("libx264", {"g": "12"}, {"mux": {"movflags": "faststart"}}),
-    "negative_dts.mp4": ("libx264", {"g": "12"}, {"mux": {"movflags": "negative_cts_offsets"}}),
-    "open_gop.mp4": ("libx264", {"x264-params": "open-gop=1:keyint=12"}, {}),
-    "open_gop.ts": ("libx264", {"x264-params": "open-gop=1:keyint=12"}, {}),
-    "intra_refresh.mkv": ("libx264", {"x264-params": "intra-refresh=1:keyint=12"}, {}),
-    "interlaced.mp4": ("libx264", {"x264-params": "tff=1:keyint=12"}, {}),
-    "ten_bit.mkv": ("libx264", {"g": "12"}, {"pix_fmt": "yuv420p10le"}),
-    "full_chroma.mp4": ("libx264", {"g": "12"}, {"pix_fmt": "yuv444p"}),
-    "variable_rate.mp4": ("libx264", {"g": "12"}, {"ticks": "variable"}),
-    "variable_rate.mkv": ("libx264", {"g": "12"}, {"ticks": "variable"}),
-    "late_start.mp4": ("libx264", {"g": "12"}, {"first_tick": 50}),
-    "one_frame.mp4": ("libx264", {}, {"num_frames": 1}),
-    "two_frames.mkv": ("libx264", {}, {"num_frames": 2}),
-    "rotated.mp4": ("libx264", {"g": "12"}, {"rotation": 90}),
-    "hevc.mp4": ("libx265", {"x265-params": "keyint=12:log-level=none"}, {}),
-    "hevc.mkv": ("libx265", {"x265-params": "keyint=12:log-level=none"}, {}),
-    "hevc_open_gop.ts": ("libx265", {"x265-params": "keyint=12:open-gop=1:log-level=none"}, {}),
-    "hevc_layers.mp4": (
+KINDS = [
+    ("h264.mp4 h264.flv", "libx264", {"g": "12"}, {}),
+    ("h264.mov h264.mkv h264.ts h264.avi", "libx264", {"g": "12", "bf": "3"}, {}),
+    ("one_group.mp4", "libx264", {"g": "250"}, {}),
+    ("short_groups.mp4", "libx264", {"x264-params": "keyint=3:min-keyint=1:bframes=2"}, {}),
+    ("all_intra.mp4", "libx264", {"g": "1"}, {}),
+    ("fragmented.mp4", "libx264", {"g": "12"}, {"mux": {"movflags": "frag_keyframe+empty_moov"}}),
+    ("faststart.mp4", "libx264", {"g": "12"}, {"mux": {"movflags": "faststart"}}),
+    ("negative_dts.mp4", "libx264", {"g": "12"}, {"mux": {"movflags": "negative_cts_offsets"}}),
+    ("open_gop.mp4 open_gop.ts", "libx264", {"x264-params": "open-gop=1:keyint=12"}, {}),
+    ("intra_refresh.mkv", "libx264", {"x264-params": "intra-refresh=1:keyint=12"}, {}),
+    ("interlaced.mp4", "libx264", {"x264-params": "tff=1:keyint=12"}, {}),
+    ("ten_bit.mkv", "libx264", {"g": "12"}, {"pix_fmt": "yuv420p10le"}),
+    ("full_chroma.mp4", "libx264", {"g": "12"}, {"pix_fmt": "yuv444p"}),
+    ("variable_rate.mp4 variable_rate.mkv", "libx264", {"g": "12"}, {"ticks": "variable"}),
+    ("late_start.mp4", "libx264", {"g": "12"}, {"first_tick": 50}),
+    ("one_frame.mp4", "libx264", {}, {"num_frames": 1}),
+    ("two_frames.mkv", "libx264", {}, {"num_frames": 2}),
+    ("rotated.mp4", "libx264", {"g": "12"}, {"rotation": 90}),
+    ("hevc.mp4 hevc.mkv", "libx265", {"x265-params": HEVC}, {}),
+    ("hevc_open_gop.ts", "libx265", {"x265-params": f"{HEVC}:open-gop=1"}, {}),
+    (
+        "hevc_layers.mp4",
         "libx265",
-        {"x265-params": "keyint=12:temporal-layers=3:b-adapt=0:bframes=3:log-level=none"},
+        {"x265-params": f"{HEVC}:temporal-layers=3:b-adapt=0:bframes=3"},
         {"pix_fmt": "yuv420p10le"},
     ),
-    "vp9.webm": ("libvpx-vp9", {"g": "12", "cpu-used": "8", "lag-in-frames": "16"}, {}),
-    "vp8.webm": ("libvpx", {"g": "12", "auto-alt-ref": "1", "lag-in-frames": "16"}, {}),
-    "av1.mp4": ("libsvtav1", {"g": "12", "preset": "12"}, {}),
-    "mpeg2.ts": ("mpeg2video", {"g": "12", "bf": "2"}, {}),
-    "mpeg2.mpg": ("mpeg2video", {"g": "12", "bf": "2"}, {}),
-    "mpeg4.mp4": ("mpeg4", {"g": "12", "bf": "2"}, {}),
-    "mpeg4.avi": ("mpeg4", {"g": "12", "bf": "2"}, {}),
-    "wmv.wmv": ("wmv2", {"g": "12"}, {}),
-    "motion_jpeg.avi": ("mjpeg", {}, {"pix_fmt": "yuvj420p"}),
-    "prores.mov": ("prores_ks", {}, {"pix_fmt": "yuv422p10le"}),
-    "animated.gif": ("gif", {}, {"pix_fmt": "rgb8"}),
-}
+    ("vp9.webm", "libvpx-vp9", {"g": "12", "cpu-used": "8", "lag-in-frames": "16"}, {}),
+    ("vp8.webm", "libvpx", {"g": "12", "auto-alt-ref": "1", "lag-in-frames": "16"}, {}),
+    ("av1.mp4", "libsvtav1", {"g": "12", "preset": "12"}, {}),
+    ("mpeg2.ts mpeg2.mpg", "mpeg2video", {"g": "12", "bf": "2"}, {}),
+    ("mpeg4.mp4 mpeg4.avi", "mpeg4", {"g": "12", "bf": "2"}, {}),
+    ("wmv.wmv", "wmv2", {"g": "12"}, {}),
+    ("motion_jpeg.avi", "mjpeg", {}, {"pix_fmt": "yuvj420p"}),
+    ("prores.mov", "prores_ks", {}, {"pix_fmt": "yuv422p10le"}),
+    ("animated.gif", "gif", {}, {"pix_fmt": "rgb8"}),
+]
+CLIPS = {name: kind for names, *kind in KINDS for name in names.split()}
 CLIP_RATE = 25
 NUM_FRAMES = 40
 # How an upright picture is stored under each orientation of the EXIF standard.
@@ -98,19 +92,29 @@ def make_clip(
     ticks: str = "constant",
     first_tick: int = 0,
     rotation: int = 0,
+    aspect: Fraction | None = None,
+    picture: np.ndarray | None = None,
     mux: dict | None = None,
 ) -> str:
-    """Write a clip. `ticks`: frames 1/25 s apart, or "variable": 1/25 to 1 s apart."""
+    """Write a clip. `ticks`: frames 1/25 s apart, or "variable": 1/25 to 1 s apart.
+
+    `aspect` is that of a pixel; `picture` (height, width, 4) RGBA stands in place of all frames.
+    """
     gaps = random.Random(0)
     with av.open(str(path), "w", options=mux or {}) as container:
         stream = container.add_stream(codec, rate=CLIP_RATE, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.time_base = Fraction(1, CLIP_RATE)
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
         if rotation:
             stream.set_display_rotation(rotation)
         tick = first_tick
         for i in range(num_frames):
-            frame = av.VideoFrame.from_ndarray(clip_frame(i, height, width), format="rgb24")
+            if picture is None:
+                frame = av.VideoFrame.from_ndarray(clip_frame(i, height, width), format="rgb24")
+            else:
+                frame = av.VideoFrame.from_ndarray(picture, format="rgba")
             if pix_fmt == "rgb8":  # the encoder does not convert to palettes
                 frame = frame.reformat(format="rgb8")
             frame.pts, frame.time_base = tick, Fraction(1, CLIP_RATE)
@@ -127,9 +131,9 @@ def make_zoo_clip(folder: Path, name: str) -> str:
     return str(path) if path.exists() else make_clip(path, codec, options, **more)
 
 
-def copy_packets(source: str, path: Path, change) -> str:
+def copy_packets(source: str, path: Path, change=list, **how) -> str:
     """Copy a clip without decoding it, with `change(packets)` in place of its packets."""
-    with av.open(source) as old, av.open(str(path), "w") as new:
+    with av.open(source) as old, av.open(str(path), "w", **how) as new:
         stream = new.add_stream_from_template(old.streams.video[0])
         for packet in change([packet for packet in old.demux(video=0) if packet.size]):
             packet.stream = stream

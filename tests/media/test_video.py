@@ -175,14 +175,11 @@ def test_transparent_clips_are_composed_over_white(tmp_path):
     kinds = [("a.mov", "qtrle", "argb"), ("a.apng", "apng", "rgba"), ("b.mkv", "ffv1", "yuva444p")]
     kinds += [("c.mov", "prores_ks", "yuva444p10le"), ("d.webm", "libvpx-vp9", "yuva420p")]
     kinds.append(("e.webm", "libvpx", "yuva420p"))
+    size = {"num_frames": 2, "height": 48, "width": 64}
     for name, codec, pix_fmt in kinds:
-        with av.open(str(tmp_path / name), "w") as container:
-            options = {"auto-alt-ref": "0"} if name.endswith("webm") else {}
-            stream = container.add_stream(codec, rate=5, options=options)
-            stream.width, stream.height, stream.pix_fmt = 64, 48, pix_fmt
-            for _ in range(2):
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgba")))
-            container.mux(stream.encode())
+        options = {"auto-alt-ref": "0"} if name.endswith("webm") else {}
+        more = size | {"pix_fmt": pix_fmt, "picture": pixels}
+        zoo.make_clip(tmp_path / name, codec, options, **more)
         with VideoReader(str(tmp_path / name)) as reader:
             got = hwc(reader.get_frames_at([1])[0]).astype(int)
         for where, expected in {
@@ -195,20 +192,12 @@ def test_transparent_clips_are_composed_over_white(tmp_path):
 
 @pytest.mark.parametrize("rotation, size", [(0, (96, 192)), (90, (192, 96))])
 def test_pixels_that_are_not_square_are_shown_stretched(tmp_path, rotation, size):
-    path = str(tmp_path / "a.mp4")
-    with av.open(path, "w") as container:
-        stream = container.add_stream("libx264", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 144, 96, "yuv420p"
-        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
-        stream.set_display_rotation(rotation)
-        for i in range(2):
-            pixels = zoo.clip_frame(i, 96, 144)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
-        container.mux(stream.encode())
+    shape = {"num_frames": 2, "rotation": rotation, "aspect": Fraction(4, 3)}
+    path = zoo.make_clip(tmp_path / "a.mp4", "libx264", {}, **shape)
     with VideoReader(path) as reader:
         assert reader.size == size == reader.get_frames_at([0]).shape[-2:]
         policy = PixelPolicy(**{**vars(POLICY), "video_max_pixels": 10**6})
-        _, h, w = probe_media({"type": "video", "video": path}, policy).grid
+        _, h, w = probe_media(video(path), policy).grid
         assert (h > w) == (rotation == 90) and max(h, w) / min(h, w) == pytest.approx(2, rel=0.1)
 
 
@@ -260,23 +249,9 @@ def test_frames_are_numbered_as_at_a_constant_rate(clips):
         assert got.sampled_fps == pytest.approx(4 / (reader.seconds[-1] + 1 / reader.fps))
 
 
-def test_a_part_of_a_clip(clips):
+def test_a_clip_of_one_frame_is_a_pair(clips):
     with VideoReader(zoo.make_zoo_clip(clips, "one_frame.mp4")) as reader:
         assert frame_indices({}, reader, POLICY) == [0, 0]
-    with VideoReader(zoo.make_zoo_clip(clips, "h264.mkv")) as reader:
-
-        def indices(**keys):
-            return frame_indices(keys, reader, POLICY)
-
-        assert indices(nframes=40) == list(range(40))
-        assert indices(video_start=0.4, video_end=0.8, fps=12.5) == [10, 13, 17, 20]
-        assert indices(video_start=0.4, video_end=0.8, nframes=2) == [10, 20]
-        assert indices(video_end=0.4, nframes=2) == [0, 10]
-        assert indices(video_start=1.2, nframes=2) == [30, 39]
-        with pytest.raises(ValueError, match="no frame from 5 to inf s: the clip ends at 1.560 s"):
-            indices(video_start=5)
-        with pytest.raises(ValueError, match="nframes 60: must be 2 to 40, the frames of the clip"):
-            indices(nframes=60)
 
 
 @pytest.mark.parametrize("rotation", [0, 90, 180, 270])
@@ -403,15 +378,17 @@ def test_a_worker_process_decodes_on_one_thread(clips):
     assert list(loader) == [1]
 
 
-def test_the_notebook_runs(monkeypatch):
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+def test_the_notebook_runs(monkeypatch, capsys):
+    nbformat = pytest.importorskip("nbformat")
     notebook = nbformat.read(REPO / "how_to_read_video_faster.ipynb", as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.outputs for cell in code if "print(" in cell.source)  # committed with them
     monkeypatch.setenv("CLIP_SECONDS", "2")
-    monkeypatch.setenv("PYTHONPATH", str(REPO))
-    nbclient.NotebookClient(notebook, timeout=1800).execute(cwd=str(REPO))
-    printed = "".join(output.get("text", "") for cell in code for output in cell.outputs)
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
+    names = {}
+    for cell in code:
+        exec(cell.source, names)
+    printed = capsys.readouterr().out
     assert "60 frames" in printed and "times faster" in printed
 
 
@@ -438,17 +415,11 @@ def test_a_clip_that_was_cut_off_is_told(clips, tmp_path, name):
 
 def test_a_recording_of_a_live_stream_is_no_file_that_was_cut_off(clips, tmp_path):
     """Nor what its container does not tell: such clips are shorter, and nothing else."""
-    with av.open(zoo.make_zoo_clip(clips, "vp9.webm")) as old:
-        live = {"options": {"live": "1"}, "format": "webm"}
-        with av.open(str(tmp_path / "live.webm"), "w", **live) as new:
-            stream = new.add_stream_from_template(old.streams.video[0])
-            for packet in old.demux(video=0):
-                if packet.size:
-                    packet.stream = stream
-                    new.mux(packet)
+    source = zoo.make_zoo_clip(clips, "vp9.webm")
+    live = zoo.copy_packets(source, tmp_path / "live.webm", options={"live": "1"}, format="webm")
     for path, share, num_frames in (
-        (tmp_path / "live.webm", 1, range(40, 41)),
-        (tmp_path / "live.webm", 0.6, range(20, 30)),
+        (live, 1, range(40, 41)),
+        (live, 0.6, range(20, 30)),
         (zoo.make_zoo_clip(clips, "h264.ts"), 0.6, range(20, 30)),
     ):
         with VideoReader(io.BytesIO(cut_off(path, share)), 1) as reader:

@@ -73,18 +73,19 @@ def test_num_frames_is_that_of_qwen_vl_utils(total, rate, keys):
     st.integers(2, 5000),
     st.sampled_from((24.0, 25.0, 30.0, 60.0)),
     optional(video_start=st.floats(0, 100), video_end=st.floats(0.1, 200)),
+    optional(fps=st.floats(0.1, 40)) | st.fixed_dictionaries({"nframes": st.integers(2, 60)}),
 )
-def test_time_range_is_that_of_qwen_vl_utils(total, rate, item):
+def test_time_range_is_that_of_qwen_vl_utils(total, rate, item, keys):
     # On a frame's own time qwen-vl-utils depends on the last bit of a product.
     item = {key: round(value * rate) / rate + 0.4 / rate for key, value in item.items()}
     reader = type("Clip", (), {"seconds": np.arange(total) / rate, "fps": rate})
     try:
         start, end, inside = qwen.calculate_video_frame_range(item, total, rate)
+        num_frames = qwen.smart_nframes(dict(keys), inside, rate) if inside > 1 else 2
     except ValueError:
         return
-    num_frames = qwen.smart_nframes({}, inside, rate) if inside > 1 else 2
     expected = torch.linspace(start, end, num_frames, dtype=torch.float64).round().int().tolist()
-    assert frame_indices(item, reader, POLICY) == expected
+    assert frame_indices(item | keys, reader, POLICY) == expected
 
 
 @settings(max_examples=300, deadline=None)
@@ -171,18 +172,6 @@ def test_sizes_of_an_items_own_go_before_the_limits():
         size(min_pixels=9000, max_pixels=4000)
 
 
-def test_boxes():
-    size, box = (500, 1000), [100, 50, 1000, 500]
-    resized = POLICY.image_size(*size)
-    assert resized == (140, 308)
-    for model_type in ("qwen2_vl", "qwen3_vl"):
-        assert convert_box(box, size, resized, model_type) == [100, 100, 1000, 1000]
-    assert convert_box(box, size, resized, "qwen2_5_vl") == [31, 14, 308, 140]
-    assert convert_box([-5, 600], size, resized, "qwen2_vl") == [0, 1000]
-    with pytest.raises(ValueError, match="llava"):
-        convert_box(box, size, resized, "llava")
-
-
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_boxes_are_read_in_the_units_they_are_converted_to(model_type):
     x1, y1, x2, y2 = convert_box([100, 50, 1000, 500], (500, 1000), (140, 308), model_type)
@@ -202,9 +191,17 @@ def test_boxes_are_read_in_the_units_they_are_converted_to(model_type):
         assert read_boxes(text, (140, 308), model_type) == expected
     outside = f"<|box_start|>(0,0),({x2 * 2},{y2})<|box_end|>"
     assert read_boxes(outside, (140, 308), model_type) == [("", pytest.approx([0, 0, 2, 1]))]
-    assert read_boxes("No box.", (140, 308), "llava") == []
+    beyond = convert_box([-5, 600], (500, 1000), (140, 308), model_type)
+    assert beyond == ([0, 140] if model_type == "qwen2_5_vl" else [0, 1000])
+
+
+def test_boxes_of_other_models_are_not_known():
+    sizes, outside = ((500, 1000), (140, 308)), "<|box_start|>(0,0),(9,9)<|box_end|>"
+    assert read_boxes("No box.", sizes[1], "llava") == []
     with pytest.raises(ValueError, match="boxes of llava are not known"):
-        read_boxes(outside, (140, 308), "llava")
+        read_boxes(outside, sizes[1], "llava")
+    with pytest.raises(ValueError, match="llava"):
+        convert_box([1, 2], *sizes, "llava")
 
 
 def test_patches_are_put_together_again(clips):
