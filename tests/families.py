@@ -57,51 +57,44 @@ TEXT = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "r
 TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 VISION = {"depth": 3, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4}
 VISION |= {"out_hidden_size": 128}
+# Family: parameters of its rope, what else its text model has, and what else its vision tower.
+SHAPES = {
+    # Windows are 2 x 2 tokens.
+    "qwen2_5_vl": (
+        {"rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+        {},
+        {"window_size": 56, "fullatt_block_indexes": [1], "tokens_per_second": 2},
+    ),
+    # Two deepstack levels and a table of 6 x 6 positions.
+    "qwen3_vl": (
+        {"rope_theta": 1e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
+        {"head_dim": 32},
+        {"num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1]},
+    ),
+    # Two gated delta nets, with more heads of values than of keys, and one attention.
+    "qwen3_5": (
+        {"rope_theta": 1e7, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
+        | {"partial_rotary_factor": 0.25},
+        {"head_dim": 64, "full_attention_interval": 3}
+        | {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        | {"linear_key_head_dim": 16, "linear_value_head_dim": 16},
+        {"num_position_embeddings": 36},
+    ),
+}
 
 
-def qwen2_5_vl(tokens: dict, vocab_size: int):
-    """Return a model whose windows are 2 x 2 tokens, with a head of its own as from 7B on."""
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
-    config = transformers.Qwen2_5_VLConfig(
-        text_config=TEXT | {"vocab_size": vocab_size, "rope_parameters": rope},
-        vision_config=VISION
-        | {"window_size": 56, "fullatt_block_indexes": [1], "tokens_per_second": 2},
-        tie_word_embeddings=False,
+def build_model(family: str, tokens: dict, vocab_size: int):
+    """Return a model of a family with random weights; `tokens` are the ids of its config."""
+    rope, text, vision = SHAPES[family]
+    text = text | {"vocab_size": vocab_size, "rope_parameters": {"rope_type": "default"} | rope}
+    config = AutoConfig.for_model(
+        family,
+        text_config=TEXT | text,
+        vision_config=VISION | vision,
+        tie_word_embeddings=family != "qwen2_5_vl",  # a head of its own, as from 7B on
         **tokens,
     )
-    return transformers.Qwen2_5_VLForConditionalGeneration(config)
-
-
-def qwen3_vl(tokens: dict, vocab_size: int):
-    """Return a model with two deepstack levels and a table of 6 x 6 positions."""
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [6, 5, 5]}
-    config = transformers.Qwen3VLConfig(
-        text_config=TEXT
-        | {"vocab_size": vocab_size, "head_dim": 32}
-        | {"rope_parameters": rope | {"mrope_interleaved": True}},
-        vision_config=VISION | {"num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1]},
-        tie_word_embeddings=True,
-        **tokens,
-    )
-    return transformers.Qwen3VLForConditionalGeneration(config)
-
-
-def qwen3_5(tokens: dict, vocab_size: int):
-    """Return a model of two gated delta nets, with more heads of values than of keys, and one
-    attention."""
-    rope = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
-    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
-    linear |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
-    config = transformers.Qwen3_5Config(
-        text_config=TEXT
-        | {"vocab_size": vocab_size, "head_dim": 64, "full_attention_interval": 3}
-        | {"rope_parameters": rope | {"mrope_section": [3, 3, 2], "mrope_interleaved": True}}
-        | linear,
-        vision_config=VISION | {"num_position_embeddings": 36},
-        tie_word_embeddings=True,
-        **tokens,
-    )
-    return transformers.Qwen3_5ForConditionalGeneration(config)
+    return transformers.AutoModelForImageTextToText.from_config(config)
 
 
 def build_processor(family: str, tokenizer):
@@ -130,9 +123,7 @@ def build_family(family: str, tiny_folder: str, folder: Path) -> str:
     tokens = {name: getattr(config, name) for name in names}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "qwen3_5": qwen3_5}[family](
-            tokens, len(tokenizer)
-        )
+        model = build_model(family, tokens, len(tokenizer))
         # Larger than training would begin with: what is out of place shows in the logits. At 0.1,
         # ten steps of Qwen3.5 make 1e-2 in gradient norms of 1e-7 in the weights; at 0.05, 5e-5.
         std = 0.05 if family == "qwen3_5" else 0.1
