@@ -54,6 +54,9 @@ def test_the_three_formats_give_the_same_conversation():
         {"conversations": turns, "images": [{"image": "a.png"}, "b.png"], "id": 7},
     ):
         assert parse_conversation(record) == EXPECTED
+    # Where content is typed, tags are text.
+    typed = [user(text("what is <image>?"))]
+    assert parse_conversation({"messages": typed}) == typed
 
 
 def test_a_single_video_as_llava_writes_it():
@@ -65,12 +68,6 @@ def test_a_single_video_as_llava_writes_it():
     # As rows of several formats come out of Arrow.
     record = {"conversations": None, "messages": messages, "image": None}
     assert parse_conversation(record) == messages
-
-
-def test_tags_are_text_where_content_is_typed():
-    assert parse_conversation({"messages": [user(text("what is <image>?"))]}) == [
-        user(text("what is <image>?"))
-    ]
 
 
 # What a message about a record begins with: the message in it, or what is wrong with all of it.
@@ -249,19 +246,6 @@ def test_the_index_is_kept_and_made_anew_when_something_changes(tmp_path, tiny_f
     assert (count(data), count(data)) == (5, 0)
     data.append([user("no answer")])  # what is wrong may have been put right: look again
     assert (count(data), count(data)) == (6, 1)
-
-
-def test_many_samples_are_measured_by_several_processes(tmp_path, tiny_folder, monkeypatch):
-    monkeypatch.setattr(index_module, "CACHE_DIR", tmp_path)
-    data = [[user("word " * (i % 9)), assistant("x" * (i % 5))] for i in range(700)]
-    data[300] = [user("no answer")]
-    records = Records([write_jsonl(tmp_path / "a.jsonl", data)])
-    index, problems = build_index(records, encoder_for(tiny_folder))
-    assert len(problems) == 1 and "line 301" in problems[0]
-    encoder = encoder_for(tiny_folder)
-    for i in (0, 7, 299, 301, 699):
-        assert index.num_tokens[i] == encoder.measure(records[i])[0]
-    assert index.num_tokens[300] == 0
 
 
 def test_a_process_that_dies_while_measuring_is_an_error_and_no_hang():

@@ -83,13 +83,6 @@ def test_the_prompt_is_tokenized_as_generation_sees_it(folder):
     assert sample.labels.tolist() == [IGNORE] * len(prompt) + answer + [IGNORE]
 
 
-def test_without_leading_space_the_ids_are_those_of_the_template(folder):
-    encoder = encoder_for(folder)
-    messages = [user("Hi"), assistant("Hello."), user("So?"), assistant("So.")]
-    sample = encoder.encode({"messages": messages})
-    assert sample.input_ids.tolist() == encoder.tokenizer(encoder.render(messages)).input_ids
-
-
 def test_supervise_all_trains_all_text_but_no_media(folder, tmp_path):
     picture = image(make_image(tmp_path / "a.png", 56, 84))
     clip = video(make_video(tmp_path / "a.mp4", 4, 64, 64))
@@ -157,13 +150,6 @@ def test_measure_counts_what_encode_makes(folder, tmp_path):
         0,
     )
     assert int((types > 0).sum()) * 4 == len(sample.patches)
-
-
-def test_arrow_nulls_are_no_pictures(folder):
-    item = {"type": "text", "text": "Hi", "image": None, "video": None}
-    encoder = encoder_for(folder)
-    sample = encoder.encode({"messages": [user(item), assistant("yes")]})
-    assert not sample.grids and "<|image_pad|>" not in encoder.tokenizer.decode(sample.input_ids)
 
 
 def test_an_answer_is_decoded_with_everything_that_was_trained(real_tokenizer, real_folder):

@@ -29,6 +29,7 @@ def test_every_epoch_holds_every_sample_once(lengths, batch_size, capacity, worl
         first = epoch * plan.num_steps_per_epoch
         seen = []
         for step in plan.steps(first, first + plan.num_steps_per_epoch):
+            assert plan.step(step.global_step) == step  # found without those before it
             # The same step whatever the ranks and the memory.
             expected = single.step(step.global_step)
             assert (step.samples, step.epoch) == (expected.samples, epoch)
@@ -59,9 +60,3 @@ def test_epochs_and_seeds_are_shuffled_differently():
         for seed, epoch in ((0, 0), (0, 1), (1, 0))
     ]
     assert len({tuple(order) for order in orders}) == 3
-
-
-def test_a_step_is_found_without_those_before_it():
-    plan = Plan(make_index(range(2, 60)), 7, 100, 3, 2)
-    steps = list(plan.steps(0, 30))
-    assert Plan(make_index(range(2, 60)), 7, 100, 3, 2).step(29) == steps[29]
