@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from PIL import Image
 
 # Chromium's own calls home are off, so that a request that is seen is the page's.
 ARGUMENTS = [
@@ -50,3 +51,26 @@ def open_page(browser):
     assert complaints == []
     assert {address.split(":")[0] for address in addresses} <= {"file", "data"}
     assert sum(address.startswith("file") for address in addresses) == len(contexts)
+
+
+@pytest.fixture(params=SIZES)
+def check_looks(request, open_page, tmp_path):
+    """Open a file: no `elements` stick out to the side, `left` is beside `right` but on phones, and
+    dark is dark. Return the page where it is light and wide.
+    """
+    size, width = request.param, SIZES[request.param][0]
+
+    def check(path, left, right, elements):
+        page = open_page(path, size)
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        for element in page.locator(elements).all():
+            box = element.bounding_box()
+            assert box is None or box["x"] + box["width"] <= width
+        first, second = (page.locator(part).first.bounding_box() for part in (left, right))
+        assert (first["x"] + first["width"] <= second["x"]) == (size != "phone")
+        page.screenshot(path=tmp_path / "a.png")
+        with Image.open(tmp_path / "a.png") as shot:
+            assert (shot.convert("L").getpixel((2, 2)) < 60) == (size == "dark")
+        return page if size == "light" else None
+
+    return check

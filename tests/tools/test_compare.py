@@ -425,63 +425,49 @@ def test_other_prompts_are_an_error_that_names_them(answers, make_page):
     assert "and 5 more" in message(fewer) or "and 6 more" in message(fewer)
 
 
-ROW = (
-    '{{"model": "m", "settings": {{"a": {}}}, "answers": [{{"id": "0", "answer": "a", '
-    '"reference": null, "seconds": {}, "messages": [{{"role": "user", "content": "a"}}]}}], '
-    '"metrics": {}}}'
-)
-
-
 @pytest.mark.parametrize(
     "content",
     [
-        "",
-        "[]",
-        "{}",
-        '{"model": "m", "settings": {}, "answers": []}',
-        '{"model": "m", "settings": {}, "answers": [{}]}',
-        '{"answers": 3}',
-        "[" * 100_000,
-        ROW.format('"a"', "Infinity", "null"),
-        ROW.format('"a"', "NaN", "null"),
-        ROW.format('"a"', "1" + "0" * 400, "null"),
-        ROW.format('"a"', 1, "[3]"),
-        ROW.format('"a"', 1, "7"),
-        ROW.format('"a"', 1, "null").replace('"answer": "a"', f'"answer": "{100_001 * "a"}"'),
-        "\ufffd",
+        *("", "[]", "{}", '{"answers": 3}', "[" * 100_000, "\ufffd"),
+        *({"answers": []}, {"answers": [{}]}, {"metrics": [3]}, {"metrics": 7}),
+        *({"seconds": math.inf}, {"seconds": math.nan}, {"seconds": 10**400}),
+        {"answer": 100_001 * "a"},
     ],
 )
 def test_other_files_are_an_error(answers, make_page, tmp_path, content):
-    path = tmp_path / "x.json"
-    path.write_text(content, encoding="utf-8")
+    """Texts, and saved answers with something else in them or in their first row."""
+    if isinstance(content, dict):
+        saved = edited(answers[0])
+        (saved if content.keys() <= saved.keys() else saved["answers"][0]).update(content)
+        content = json.dumps(saved)
+    (tmp_path / "x.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match="is not a file that --save"):
-        make_page(answers[0], path)
+        make_page(answers[0], tmp_path / "x.json")
+
+
+def test_a_file_that_is_not_there_is_an_error(answers, make_page, tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         make_page(answers[0], tmp_path / "nowhere.json")
 
 
 def test_broken_metrics_cost_only_the_curve(answers, make_page, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    paths = ["/dev/zero", tmp_path / "pipe", "x" * 5000]
+    contents = ["{broken", '{"global_step": null, "loss": 1}', "3", "[" * 100_000]
+    for content in [*contents, '{"global_step": 1e999, "loss": 1}']:
+        paths.append(tmp_path / str(len(paths)))
+        paths[-1].write_text(content)
     saved = edited(answers[1])
-    for content in ("{broken", '{"global_step": null, "loss": 1}', "3"):
-        (tmp_path / "metrics.jsonl").write_text(content)
-        saved["metrics"] = str(tmp_path / "metrics.jsonl")
-        page = make_page(answers[0], saved)
+    for path in paths:
+        page = make_page(answers[0], saved | {"metrics": str(path)})
         assert "<polyline" not in page and page.count("<article") == 3
         assert "no loss curve" in capsys.readouterr().err
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "deep").write_text("[" * 100_000)
-    (tmp_path / "huge").write_text('{"global_step": 1e999, "loss": 1}')
-    for path in ("/dev/zero", tmp_path / "pipe", tmp_path / "deep", tmp_path / "huge", "x" * 5000):
-        saved["metrics"] = str(path)
-        assert "<polyline" not in make_page(answers[0], saved)
-        assert "no loss curve" in capsys.readouterr().err
     saved["metrics"] = str(tmp_path / "metrics.jsonl")
-    lines = [{"global_step": i, "loss": v} for i, v in ((10**300, 1), (1, 1.7e308), (2, math.inf))]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in lines))
-    assert "<polyline" not in make_page(answers[0], saved)
-    for rows in ([{"global_step": 1, "loss": 0.0}], [{"global_step": 0, "loss": float("nan")}]):
-        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) for row in rows))
-        make_page(answers[0], saved)
+    for points in ([(10**300, 1), (1, 1.7e308), (2, math.inf)], [(1, 0.0)], [(0, math.nan)]):
+        lines = [json.dumps({"global_step": step, "loss": loss}) for step, loss in points]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+        page = make_page(answers[0], saved)
+        assert len(points) == 1 or "<polyline" not in page
 
 
 def test_compare_needs_no_gpu_and_no_model():
