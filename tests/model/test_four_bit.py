@@ -21,8 +21,6 @@ from helpers import (
     image,
     make_image,
     plain_model,
-    read_metrics,
-    set_up,
     text,
     tiny_config,
     user,
@@ -149,22 +147,6 @@ def test_a_resumed_run_ends_with_the_same_adapter(trained, lessons, tmp_path):
     call(finetune, *FLAGS, *run_flags(lessons, copy), "--resume_from", copy / "checkpoint-30")
     ours, theirs = ((path / "adapter_model.safetensors").read_bytes() for path in (copy, trained))
     assert ours == theirs
-
-
-def test_packing_does_not_change_the_run(mixed_data, tiny_folder, tmp_path):
-    rows = []
-    for memory in ({}, {"max_tokens": 300, "num_workers": 1, "gradient_checkpointing": "all"}):
-        out = tmp_path / str(len(rows))
-        flags = {"train_data": [mixed_data], "output_dir": str(out), "batch_size": 8}
-        flags |= {"precision": "bf16_4bit", "lora_rank": 4, "num_workers": 0} | memory
-        run = set_up(tiny_config(**flags), tiny_folder)
-        out.mkdir()
-        finetune.train(run.config, run.model, run.processor, run.data, None, 4, CPU)
-        rows.append(read_metrics(out))
-    for name in ("loss", "grad_norm"):
-        whole, packed = ([row[name] for row in steps] for steps in rows)
-        assert packed == pytest.approx(whole, rel=1e-3 if name == "loss" else 1e-2)
-    assert max(row["num_micro_batches"] for row in rows[1]) > 1
 
 
 def test_what_is_missing_is_told(monkeypatch):

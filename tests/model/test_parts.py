@@ -136,7 +136,7 @@ def test_lora_trains_an_adapter_that_loads_and_merges(mixed_data, tiny_folder, t
     flags = ("--model_name_or_path", "tiny", "--device", "cpu", "--train_data", mixed_data)
     flags = (*flags, "--lora_rank", 4, "--num_workers", 0, "--learning_rate", 1e-2)
     flags = (*flags, "--output_dir", out, "--max_steps", 4)
-    call(finetune, *flags, "--save_steps", 2)
+    call(finetune, *flags)
     metrics = read_metrics(out)
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     assert sum(file.stat().st_size for file in out.glob("*.safetensors")) < 2**20
@@ -158,13 +158,6 @@ def test_lora_trains_an_adapter_that_loads_and_merges(mixed_data, tiny_folder, t
     differences = {name: (logits["adapter"] - logits[name]).abs().max() for name in logits}
     assert differences["merged"] < 1e-4 and differences["as anyone would"] < 1e-4
     assert differences["base"] > 1e-2
-
-    # Resumed at step 2, the run ends with the same adapter, bit for bit.
-    first = (out / "adapter_model.safetensors").read_bytes()
-    checkpoint = out / "checkpoint-2"
-    assert (checkpoint / "adapter_config.json").is_file()
-    call(finetune, *flags, "--resume_from", checkpoint)
-    assert (out / "adapter_model.safetensors").read_bytes() == first
 
 
 @pytest.fixture(scope="module")
