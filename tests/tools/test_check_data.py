@@ -6,7 +6,6 @@ import os
 import random
 import re
 import resource
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from check_data import main
-from helpers import REPO, assistant, image, make_image, make_video, run_script, text, user, video
+import check_data
+from helpers import assistant, call, image, make_image, make_video, text, user, video
 from util.data import index
 from util.run import run_main
 from zoo import bomb, encode_image, make_audio, make_clip, make_zoo_clip, smooth
@@ -155,15 +154,16 @@ MORE_FAULTS = [
 
 
 @pytest.fixture
-def check_data(monkeypatch, capsys):
+def check(capfd):
     """Run check_data.py in this process and return what it printed; with `code`, it is to fail."""
 
     def run(*flags, code=0):
-        argv = ["check_data.py", "--model_name_or_path", "tiny", "--device", "cpu", *flags]
-        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-        with pytest.raises(SystemExit, match="^error: ") if code else nullcontext():
-            run_main(main)
-        return capsys.readouterr().out
+        flags = ("--model_name_or_path", "tiny", "--device", "cpu", *flags)
+        with pytest.raises(SystemExit, match="^error: ") if code else nullcontext() as error:
+            run_main(lambda: call(check_data, *flags))
+        printed, logged = capfd.readouterr()
+        assert "Traceback" not in logged
+        return printed + (error.value.code if code else "")
 
     return run
 
@@ -231,12 +231,12 @@ def plant(folder) -> dict[str, str]:
     return places
 
 
-def test_forty_faults_of_forty_kinds_are_found_and_nothing_else(folder):
+def test_forty_faults_of_forty_kinds_are_found_and_nothing_else(check, folder, monkeypatch):
     places = plant(folder)
     assert len(places) == len(FAULTS) == 40
-    flags = ("--train_data", "a.jsonl", "b.json", "--decode")
-    printed = run_script(REPO / "check_data.py", *flags, cwd=folder, code=1)
-    assert "Traceback" not in printed and "duplicates: 0\n" in printed
+    monkeypatch.chdir(folder)
+    printed = check("--train_data", "a.jsonl", "b.json", "--decode", code=1)
+    assert "duplicates: 0\n" in printed
     assert printed.splitlines()[-1].startswith("error: 40 problems: ")
     problems = [line for line in printed.splitlines() if line.startswith("problem: ")]
     told = dict(re.fullmatch(r"problem: (\S+: \w+ \d+): (.+)", line).groups() for line in problems)
@@ -246,54 +246,52 @@ def test_forty_faults_of_forty_kinds_are_found_and_nothing_else(folder):
         assert [place for place in told if words in told[place]] == [places[kind]], kind
 
 
-def test_more_faults_are_told_each_once(check_data, folder):
+def test_more_faults_are_told_each_once(check, folder):
     records = [good_record(0), *(record for record, _ in MORE_FAULTS)]
     data = folder / "data.json"
     data.write_text(json.dumps(records))
-    printed = check_data("--train_data", data, code=1)
+    printed = check("--train_data", data, code=1)
     told = re.findall(rf"^problem: {data}: sample (\d+): (.+)$", printed, re.M)
     assert [int(number) for number, _ in told] == list(range(1, len(records)))
     for (record, words), (_, reason) in zip(MORE_FAULTS, told):
         assert words in reason, (record, reason)
 
 
-def test_a_file_that_may_not_be_read_is_named(check_data, folder):
+def test_a_file_that_may_not_be_read_is_named(check, folder):
     (folder / "a.png").chmod(0)
     if os.access(folder / "a.png", os.R_OK):
         pytest.skip("this user may read everything")
     (folder / "data.json").write_text(json.dumps([talk(*GOOD), picture("a.png")]))
-    printed = check_data("--train_data", folder / "data.json", code=1)
+    printed = check("--train_data", folder / "data.json", code=1)
     told = re.findall(rf"^problem: {folder}/data.json: (.+)$", printed, re.M)
     assert len(told) == 1 and told[0].startswith(f"sample 1: message 0: {folder}/a.png: ")
     assert "Permission denied" in told[0]
 
 
-def test_all_that_headers_tell_is_found_without_decoding(check_data, folder):
+def test_all_that_headers_tell_is_found_without_decoding(check, folder):
     places = plant(folder)
-    printed = check_data("--train_data", folder / "a.jsonl", folder / "b.json", code=1)
+    printed = check("--train_data", folder / "a.jsonl", folder / "b.json", code=1)
     missed = {kind for kind, place in places.items() if f"{folder}/{place}: " not in printed}
     assert missed == {"32-bit pixels", "cut JPEG", "garbled mp4"}
 
 
-def test_what_data_hold_gives_no_orders_to_the_terminal(check_data, folder):
+def test_what_data_hold_gives_no_orders_to_the_terminal(check, folder):
     clear = "\x1b[2J"
     records = [talk(user(clear), assistant(clear)), picture(f"{clear}.png")]
     data = folder / f"{clear}.json"
     data.write_text(json.dumps(records))
-    printed = check_data("--train_data", data, code=1) + check_data(
-        "--train_data", data, "--show", 0
-    )
+    printed = check("--train_data", data, code=1) + check("--train_data", data, "--show", 0)
     assert "\x1b" not in printed and printed.count(r"\x1b[2J") >= 4
 
 
-def test_what_is_too_long_to_be_trained_on_is_not_decoded(check_data, folder):
+def test_what_is_too_long_to_be_trained_on_is_not_decoded(check, folder):
     records = [talk(user(image("cut.jpg")), assistant("word " * 2000)), talk(*GOOD)]
     (folder / "data.json").write_text(json.dumps(records))
-    printed = check_data("--train_data", folder / "data.json", "--decode", code=1)
+    printed = check("--train_data", folder / "data.json", "--decode", code=1)
     assert "more than --max_tokens" in printed and "truncated" not in printed
 
 
-def test_two_thousand_samples_take_less_than_twelve_seconds(check_data, tmp_path, monkeypatch):
+def test_two_thousand_samples_take_less_than_twelve_seconds(check, tmp_path, monkeypatch):
     """Measured in CPU time, all processes together: other programs do not slow that down."""
     monkeypatch.setattr(index, "CACHE_DIR", tmp_path / "cache")
     for i in range(20):
@@ -310,25 +308,25 @@ def test_two_thousand_samples_take_less_than_twelve_seconds(check_data, tmp_path
         return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
     before = cpu_seconds()
-    printed = check_data("--train_data", tmp_path / "data.jsonl")
+    printed = check("--train_data", tmp_path / "data.jsonl")
     seconds = cpu_seconds() - before
     print(f"{seconds:.1f} CPU seconds for 2,000 samples")
     assert "2,000 samples of" in printed and "all good" in printed
     assert seconds < 12
 
 
-def test_held_out_data_are_checked_too(check_data, tmp_path):
+def test_held_out_data_are_checked_too(check, tmp_path):
     lines = [json.dumps({"messages": m}) for m in (GOOD, [user("no answer")])]
     (tmp_path / "held_out.jsonl").write_text("\n".join(lines))
     flags = ("--eval_data", tmp_path / "held_out.jsonl")
-    printed = check_data(*flags, code=1)
+    printed = check(*flags, code=1)
     assert f"problem: {tmp_path}/held_out.jsonl: line 2: no assistant message" in printed
 
 
-def test_it_prints_lengths_shares_duplicates_and_one_sample(check_data, tmp_path):
+def test_it_prints_lengths_shares_duplicates_and_one_sample(check, tmp_path):
     lines = [json.dumps({"messages": GOOD, "id": i}) for i in range(3)]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    printed = check_data("--train_data", tmp_path / "data.jsonl")
+    printed = check("--train_data", tmp_path / "data.jsonl")
     assert "duplicates: 2" in printed
     assert f"{tmp_path}/data.jsonl: line 3 repeats {tmp_path}/data.jsonl: line 1" in printed
     assert "length in tokens" in printed and "100.0 % text" in printed
@@ -336,7 +334,7 @@ def test_it_prints_lengths_shares_duplicates_and_one_sample(check_data, tmp_path
     assert "[[Hello.<|im_end|>]]" in printed
 
 
-def test_media_that_are_read_but_perhaps_not_meant_so_are_told(check_data, tmp_path, monkeypatch):
+def test_media_that_are_read_but_perhaps_not_meant_so_are_told(check, tmp_path, monkeypatch):
     monkeypatch.setattr(index, "CACHE_DIR", tmp_path / "cache")
     page, other = (Image.fromarray(smooth(60, 60, seed=i)) for i in range(2))
     sensor = np.full((60, 60), 300, np.uint16)
@@ -357,8 +355,8 @@ def test_media_that_are_read_but_perhaps_not_meant_so_are_told(check_data, tmp_p
     records = [(clip if name.endswith("mp4") else picture)(name) for name in names]
     data = tmp_path / "data.json"
     data.write_text(json.dumps(records))
-    printed = check_data("--train_data", data)
-    assert printed == check_data("--train_data", data), "the index keeps it"
+    printed = check("--train_data", data)
+    assert printed == check("--train_data", data), "the index keeps it"
     for words, found in odd.items():
         places = "".join(f"  {data}: sample {names.index(name)}\n" for name in found)
         assert re.search(rf"^samples with .*{words}.*: {len(found)}\n{places}(?!  )", printed, re.M)
