@@ -4,8 +4,8 @@
     python -m benchmarks.bench_video --rounds 1 --clips 720p
 
 Makes its clips in a temporary folder. Every way runs in a process of its own, on every clip; what
-is printed is the best of the rounds. CPU seconds tell more where the machine is busy. All ways
-give the same frames at the same size, except the floor, which only decodes.
+is printed is the best of the rounds. All ways give the same frames at the same size, except the
+floor, which only decodes. Ours and the floor run on one thread, as in a worker process.
 """
 
 import argparse
@@ -85,19 +85,19 @@ def qwen_vl_utils(path, size, backend):
     return fetch_video(item | {"resized_height": size[0], "resized_width": size[1]})
 
 
-def ours(path, size, num_threads):
-    with VideoReader(path, num_threads) as reader:
+def ours(path, size):
+    with VideoReader(path, num_threads=1) as reader:
         return reader.get_frames_at(pick(len(reader)), *size)
 
 
-def floor(path, size, num_threads):
-    """Return the wall clock and CPU seconds that decoding what must be decoded takes."""
-    with VideoReader(path, num_threads) as reader:
+def floor(path, size):
+    """Return the seconds that decoding what must be decoded takes."""
+    with VideoReader(path, num_threads=1) as reader:
         wanted = sorted({reader._times[i] for i in pick(len(reader))})
-        start, cpu_start = time.perf_counter(), time.process_time()
+        start = time.perf_counter()
         num_frames = sum(1 for _ in reader._decode_sparsely(wanted))
         assert num_frames == NUM_FRAMES
-        return time.perf_counter() - start, time.process_time() - cpu_start
+        return time.perf_counter() - start
 
 
 EVERYTHING = "decode everything to RGB, then pick: the original's way"
@@ -110,10 +110,8 @@ WAYS = {
     ),
     "qwen-vl-utils with torchcodec": partial(qwen_vl_utils, backend="torchcodec"),
     "qwen-vl-utils with decord": partial(qwen_vl_utils, backend="decord"),
-    "ours, all threads": partial(ours, num_threads=0),
-    "ours, as it comes: one thread": partial(ours, num_threads=1),
-    "floor: frames that must be decoded, all threads": partial(floor, num_threads=0),
-    "floor, one thread": partial(floor, num_threads=1),
+    "ours": ours,
+    "floor: frames that must be decoded": floor,
 }
 
 
@@ -128,33 +126,33 @@ def measure(name: str, path: str, size: tuple[int, int]) -> dict:
     resize(torch.zeros((1, 3, 64, 64), dtype=torch.uint8), (32, 32))
     Path("/proc/self/clear_refs").write_text("5")  # begin to measure the peak anew
     idle = psutil.Process().memory_info().rss
-    start, cpu_start = time.perf_counter(), time.process_time()
+    start = time.perf_counter()
     result = WAYS[name](path, size)
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    if isinstance(result, tuple):  # the way has its own clock
-        seconds, cpu_seconds = result
+    seconds = time.perf_counter() - start
+    if isinstance(result, float):  # the way has its own clock
+        seconds = result
     else:
         assert result.shape == (NUM_FRAMES, 3, *size)
     peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]
-    return {"seconds": seconds, "cpu": cpu_seconds, "mb": (1024 * int(peak) - idle) / 1e6}
+    return {"seconds": seconds, "mb": (1024 * int(peak) - idle) / 1e6}
 
 
 def bench(what: str, path: str, size: tuple[int, int], num_bytes: int, num_rounds: int) -> None:
     """Measure every way to read a clip, print a table; decoded, the clip takes `num_bytes`."""
-    print_header(f"{what}, {NUM_FRAMES} frames of {size[1]}x{size[0]}", "s", "CPU s", "MB")
+    print_header(f"{what}, {NUM_FRAMES} frames of {size[1]}x{size[0]}", "s", "MB")
     for name in WAYS:
         if name == EVERYTHING and num_bytes > 0.7 * psutil.virtual_memory().available:
-            print_row(name, f"needs {num_bytes / 1e9:.0f} GB: left out", "", "")
+            print_row(name, f"needs {num_bytes / 1e9:.0f} GB: left out", "")
             continue
         rows = [
             run_alone("bench_video", "--measure", json.dumps([name, path, size]))
             for _ in range(num_rounds)
         ]
         if errors := [row["error"] for row in rows if "error" in row]:
-            print_row(name, errors[0], "", "")
-            continue
-        seconds, cpu = (min(row[key] for row in rows) for key in ("seconds", "cpu"))
-        print_row(name, seconds, cpu, max(row["mb"] for row in rows))
+            print_row(name, errors[0], "")
+        else:
+            seconds, megabytes = ([row[key] for row in rows] for key in ("seconds", "mb"))
+            print_row(name, min(seconds), max(megabytes))
     print()
 
 

@@ -23,7 +23,8 @@ from pathlib import Path
 import av
 from PIL import Image, ImageDraw
 
-REPO = Path(__file__).resolve().parent.parent
+from benchmarks.common import REPO, print_header, print_row
+
 SIDE = 56  # pixels of a picture: 2 x 2 tokens
 FINER = 4  # pictures are drawn so many times larger, for soft edges
 NUM_FRAMES = 4  # of a clip: two time steps of two frames
@@ -224,11 +225,10 @@ def ask(folder: Path, name: str) -> dict[str, dict[str, float]]:
 
 
 def print_table(parts: dict) -> None:
-    print("\n| question | held out | frames reversed | black | most frequent answer |")
-    print("|---|---|---|---|---|")
+    print_header("question", "held out", "frames reversed", "black", "most frequent answer")
     for group, scores in parts["held_out"].items():
         row = [parts[name].get(group, {}).get("right") for name in parts] + [scores["most"]]
-        print(f"| {group} | {' | '.join('' if v is None else f'{v:.1%}' for v in row)} |")
+        print_row(group, *("" if value is None else f"{value:.1%}" for value in row))
 
 
 def main() -> None:
@@ -236,9 +236,6 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="new folder for all files")
     parser.add_argument("--num_train", type=int, default=24_000, help="samples to train on")
     parser.add_argument("--num_held_out", type=int, default=1_500, help="samples to ask about")
-    parser.add_argument("--num_epochs", type=int, default=1, help="passes over the samples")
-    parser.add_argument("--batch_size", type=int, default=16, help="samples in a step")
-    parser.add_argument("--learning_rate", type=float, default=3e-4, help="peak learning rate")
     arguments = parser.parse_args()
     folder = arguments.output_dir.resolve()
     if folder.exists() and any(folder.iterdir()):
@@ -249,8 +246,8 @@ def main() -> None:
     clock.append(time.perf_counter())
     flags = "--model_name_or_path tiny --device cpu --train_data train.json --output_dir run"
     flags += f" --max_pixels {SIDE**2} --video_max_pixels {SIDE**2} --video_fps {FPS}"
-    flags += f" --num_epochs {arguments.num_epochs} --batch_size {arguments.batch_size}"
-    flags += f" --learning_rate {arguments.learning_rate} --num_workers 1 --save_steps 1000000"
+    flags += " --num_epochs 1 --batch_size 16 --learning_rate 3e-4 --num_workers 1"
+    flags += " --save_steps 1000000"
     run_script(folder, "finetune.py", flags)
     clock.append(time.perf_counter())
     parts = {name: ask(folder, name) for name in ("held_out", "reversed", "black")}
@@ -258,7 +255,7 @@ def main() -> None:
     laps = (end - begin for begin, end in pairwise(clock))
     seconds = dict(zip(("drawing", "training", "answering"), laps))
     print_table(parts)
-    print(f"\n{arguments.num_train:,} training samples, epochs: {arguments.num_epochs}")
+    print(f"\n{arguments.num_train:,} training samples")
     print(", ".join(f"{name}: {value:.0f} s" for name, value in seconds.items()))
     results = {"scores": parts, "seconds": seconds}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")

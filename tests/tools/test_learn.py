@@ -1,6 +1,7 @@
 """benchmarks/learn.py: a model learns to see from what it draws."""
 
 import json
+import sys
 
 import pytest
 
@@ -11,7 +12,7 @@ from helpers import run_script
 def test_a_model_from_random_weights_learns_to_see(tmp_path):
     """It checks itself that nothing held out is trained on."""
     flags = ("--output_dir", tmp_path, "--num_train", 9600, "--num_held_out", 500)
-    run_script("benchmarks/learn.py", *flags)
+    run_script(sys.executable, "-m", "benchmarks.learn", *flags)
     scores = json.loads((tmp_path / "results.json").read_text())["scores"]
     assert scores["held_out"]["all images"]["right"] >= 0.85
     assert scores["held_out"]["all videos"]["right"] >= 0.9
