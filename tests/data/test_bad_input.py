@@ -12,24 +12,9 @@ import time
 import pytest
 
 import finetune
+import helpers
 import util.run
-from helpers import (
-    REPO,
-    assistant,
-    call,
-    encoder_for,
-    image,
-    make_image,
-    read_metrics,
-    run_script,
-    set_up,
-    tiny_config,
-    undamaged_steps,
-    user,
-    video,
-    write_crash,
-    write_data,
-)
+from helpers import assistant, call, image, make_image, read_metrics, user, video, write_data
 from util.config import UserError
 from util.data import index, workers
 from util.data.files import Records
@@ -90,7 +75,7 @@ def twelve(tmp_path) -> str:
 
 
 def test_a_bad_sample_in_mid_run_costs_no_step_that_was_done(train, tmp_path, twelve, tiny_folder):
-    prepared = set_up(tiny_config(train_data=[twelve], batch_size=4), tiny_folder)
+    prepared = helpers.set_up(helpers.tiny_config(train_data=[twelve], batch_size=4), tiny_folder)
     number = prepared.data.plan.step(2).samples[1]
     broken = tmp_path / f"{number}.png"
     whole = broken.read_bytes()
@@ -188,7 +173,7 @@ def test_an_adapter_is_no_model_to_train(train, tmp_path):
 )
 def test_flags_that_make_no_sense(flags, words):
     with pytest.raises(UserError, match=words):
-        tiny_config(**{"max_pixels": 50176} | flags)
+        helpers.tiny_config(**{"max_pixels": 50176} | flags)
 
 
 def test_unknown_flag_ends_the_program_with_its_name(train, capsys):
@@ -206,11 +191,17 @@ def test_output_folder_that_is_not_empty(train, tmp_path):
     assert sorted((tmp_path / "out").iterdir()) == before
 
 
-def test_a_crash_ends_the_process_and_its_workers(tmp_path):
-    """An exception of any kind: Python would wait for ever for workers that ignore SIGTERM."""
-    flags = ("--model_name_or_path", "tiny", "--train_data", "train_data/data.json")
-    flags = (*flags, "--output_dir", tmp_path / "out", "--num_workers", 2)
-    assert "RuntimeError: CUDA error" in run_script(write_crash(tmp_path), *flags, code=1)
+def test_a_crash_is_told_and_ends_the_workers(train, monkeypatch, capsys):
+    """That it ends the process too, where nobody reads what it tells, is in test_terminals.py."""
+
+    def crash(*_):
+        raise RuntimeError("CUDA error: an illegal access")
+
+    monkeypatch.setattr(finetune, "cross_entropy_sum", crash)
+    with pytest.raises(SystemExit) as info:
+        util.run.run_main(lambda: train([GOOD] * 5, "--num_workers", 2))
+    assert info.value.code == 1 and "RuntimeError: CUDA error" in capsys.readouterr().err
+    assert not multiprocessing.active_children()
 
 
 def test_what_a_worker_finds_to_be_wrong_is_told_in_one_line(train, tmp_path, capfd):
@@ -289,7 +280,7 @@ def test_an_edited_jsonl_file_stops_the_run_and_saves(train, tmp_path, monkeypat
     if how == "renamed over":
         return train(path, *flags)
     has(fails(train, path, *flags), f"{path}: was changed while it was in use", "rename")
-    assert undamaged_steps(tmp_path / "out") == [1]
+    assert helpers.undamaged_steps(tmp_path / "out") == [1]
 
 
 def test_a_killed_worker_costs_no_step_that_was_done(train, tmp_path, twelve, monkeypatch):
@@ -297,7 +288,7 @@ def test_a_killed_worker_costs_no_step_that_was_done(train, tmp_path, twelve, mo
     flags = ("--num_workers", 1, "--num_epochs", 9, "--max_steps", 27)
     message = fails(train, twelve, *flags)
     has(message, "a process that reads data was killed", "--num_workers", "--shm-size", "sample")
-    assert undamaged_steps(tmp_path / "out") == [len(read_metrics(tmp_path / "out"))]
+    assert helpers.undamaged_steps(tmp_path / "out") == [len(read_metrics(tmp_path / "out"))]
 
 
 @pytest.mark.skipif(
@@ -311,7 +302,8 @@ def test_a_full_shared_memory_is_done_without(tmp_path):
     flags = f"--model_name_or_path tiny --device cpu --train_data {data} --max_steps 2"
     flags += f" --num_workers 2 --output_dir {tmp_path}/out --max_pixels 200000"
     mount = "mount -t tmpfs -o size=2m tmpfs /dev/shm"
-    run_script("unshare", "-m", "sh", "-c", f"{mount} && exec {sys.executable} finetune.py {flags}")
+    command = f"{mount} && exec {sys.executable} finetune.py {flags}"
+    helpers.run_script("unshare", "-m", "sh", "-c", command)
     assert len(read_metrics(tmp_path / "out")) == 2
 
 
@@ -321,8 +313,10 @@ def test_an_index_that_is_damaged_or_cannot_be_kept_is_measured_again(
     monkeypatch.setattr(index, "CACHE_DIR", tmp_path)
     data = write_data(tmp_path / "d.json", [GOOD] * 3)
 
+    config = helpers.tiny_config(train_data=[data])
+
     def measured():
-        return set_up(tiny_config(train_data=[data]), tiny_folder).index.num_tokens.tolist()
+        return helpers.set_up(config, tiny_folder).index.num_tokens.tolist()
 
     expected = measured()
     (cache_file,) = tmp_path.glob("index-*.npy")
@@ -358,7 +352,7 @@ def test_a_file_that_is_not_what_its_name_says_is_named(tiny_folder, tmp_path, w
         name = item[item["type"]]
         (tmp_path / name).write_bytes(STARTS[words] + bytes(99))
         with pytest.raises(ValueError, match=f"message 0: {tmp_path}/{name}: .*{words}"):
-            encoder_for(tiny_folder).measure({"messages": about(item)}, tmp_path)
+            helpers.encoder_for(tiny_folder).measure({"messages": about(item)}, tmp_path)
     for name in ("a.json", "a.jsonl"):
         (tmp_path / name).write_bytes(STARTS[words] + bytes(99))
         with pytest.raises(UserError, match=f"{name}: is .*{words}.*JSONL"):
@@ -368,7 +362,7 @@ def test_a_file_that_is_not_what_its_name_says_is_named(tiny_folder, tmp_path, w
 def test_paths_of_other_systems_are_explained(tiny_folder, tmp_path):
     for path, words in (("~/a.jpg", "write the whole path"), ("b\\a.jpg", "set apart by /")):
         with pytest.raises(ValueError, match=f"(?s)no such file: .*{tmp_path}.*{words}"):
-            encoder_for(tiny_folder).measure({"messages": about(image(path))}, tmp_path)
+            helpers.encoder_for(tiny_folder).measure({"messages": about(image(path))}, tmp_path)
     (tmp_path / "d.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="is a table.*JSONL"):
         Records([str(tmp_path / "d.csv")])

@@ -1,5 +1,6 @@
 """The video reader shows the frames that a full decode shows, at their times, sparsely."""
 
+import dataclasses
 import io
 import operator
 import os
@@ -21,14 +22,7 @@ from util.media import video_reader
 from util.media.image import read_image
 from util.media.source import resolve
 from util.media.video_reader import VideoReader, how_it_is_shown
-from util.vision_util import (
-    PixelPolicy,
-    clip_metadata,
-    frame_indices,
-    load_frames,
-    load_media,
-    probe_media,
-)
+from util.vision_util import clip_metadata, frame_indices, load_frames, load_media, probe_media
 
 PHOTOS = sorted([*REPO.glob("train_data/*.jpg"), *REPO.glob("test_data/*.jpg")])
 
@@ -196,7 +190,7 @@ def test_pixels_that_are_not_square_are_shown_stretched(tmp_path, rotation, size
     path = zoo.make_clip(tmp_path / "a.mp4", "libx264", {}, **shape)
     with VideoReader(path) as reader:
         assert reader.size == size == reader.get_frames_at([0]).shape[-2:]
-        policy = PixelPolicy(**{**vars(POLICY), "video_max_pixels": 10**6})
+        policy = dataclasses.replace(POLICY, video_max_pixels=10**6)
         _, h, w = probe_media(video(path), policy).grid
         assert (h > w) == (rotation == 90) and max(h, w) / min(h, w) == pytest.approx(2, rel=0.1)
 

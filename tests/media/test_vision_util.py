@@ -10,15 +10,9 @@ from qwen_vl_utils import vision_process as qwen
 
 import zoo
 from helpers import POLICY, image, video
+from util import vision_util
 from util.model.families import convert_box, read_boxes
-from util.vision_util import (
-    frame_indices,
-    load_frames,
-    load_media,
-    probe_media,
-    smart_resize,
-    unpatchify,
-)
+from util.vision_util import frame_indices, load_frames, load_media, probe_media, smart_resize
 
 SIDES = st.integers(1, 3000)
 
@@ -211,7 +205,7 @@ def test_patches_are_put_together_again(clips):
     ):
         patches, shape = load_media(item, POLICY)
         frames = load_frames(item, POLICY)
-        whole = unpatchify(patches, shape.grid, POLICY)
+        whole = vision_util.unpatchify(patches, shape.grid, POLICY)
         assert torch.equal(whole[: len(frames)], frames)
         assert torch.equal(
             whole[len(frames) :], frames[-1:].expand(len(whole) - len(frames), -1, -1, -1)

@@ -20,23 +20,11 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.video_utils import VideoMetadata
 
 import finetune
+import helpers
 import test_on_trained_model_by_us
 import zoo
 from families import build_family
-from helpers import (
-    assistant,
-    call,
-    image,
-    make_image,
-    plain_model,
-    read_metrics,
-    set_up,
-    text,
-    tiny_config,
-    user,
-    video,
-    write_data,
-)
+from helpers import assistant, call, image, make_image, text, user, video
 from util.config import UserError
 from util.data.batch import pack
 from util.data.conversation import media_of
@@ -63,7 +51,7 @@ def family_data(tmp_path_factory) -> str:
     frames = [make_image(folder / f"f{i}.png", 64, 96, i) for i in range(5)]
     timed = video(frames[:4]) | {"timestamps": [0.0, 1.0, 6, 8.0]}
     what, answer = text("What is it?"), assistant("A red square that moves, then text.")
-    return write_data(
+    return helpers.write_data(
         folder / "data.json",
         [
             [user("Who are you?"), answer],
@@ -82,7 +70,7 @@ def run(request, family_data, tiny_folder, tmp_path_factory):
     folder = tiny_folder
     if request.param != "qwen2_vl":
         folder = build_family(request.param, tiny_folder, tmp_path_factory.mktemp(request.param))
-    run = set_up(tiny_config(train_data=[family_data]), folder)
+    run = helpers.set_up(helpers.tiny_config(train_data=[family_data]), folder)
     run.folder, run.family = folder, request.param
     run.samples = [run.encoder.encode(record) for record in run.records]
     run.micro_batch = pack(run.samples, run.encoder)
@@ -117,7 +105,7 @@ def plain_inputs(run, messages, **kwargs) -> dict:
 
 def test_samples_equal_what_the_processor_makes(run):
     """Token ids, grids, pixels and positions; and the families do differ in their clips."""
-    model = plain_model(run.folder)
+    model = helpers.plain_model(run.folder)
     for record, sample in zip(run.records, run.samples):
         expected = plain_inputs(run, run.encoder.prepare(record))
         assert sample.input_ids.tolist() == expected["input_ids"][0].tolist()
@@ -194,7 +182,7 @@ def gradients(model):
 
 def test_packed_equals_alone(run):
     """Logits and gradients, against plain transformers that is given what the processor makes."""
-    model = plain_model(run.folder)
+    model = helpers.plain_model(run.folder)
     alone_logits = []
     for record, sample in zip(run.records, run.samples):
         logits = model(**plain_inputs(run, run.encoder.prepare(record))).logits[0, :-1]
@@ -231,7 +219,7 @@ def test_adapters_stand_on_the_linear_layers_of_every_family(run, part, precisio
     """
     flags = {"lora_rank": 4, "train": [part], "gradient_checkpointing": "all"}
     flags |= {"precision": precision, "train_data": run.config.train_data}
-    model = set_up(tiny_config(**flags), run.folder).model.float()
+    model = helpers.set_up(helpers.tiny_config(**flags), run.folder).model.float()
     packed = []
     for rows in ([run.samples], [[sample] for sample in run.samples]):
         model.zero_grad()
@@ -338,7 +326,7 @@ def stand_in_for_varlen(monkeypatch) -> list:
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "packed_varlen"])
 def test_flash_kernels_get_the_ends_of_frames_and_windows(name, run, monkeypatch):
-    model = plain_model(run.folder)
+    model = helpers.plain_model(run.folder)
     keep_samples_apart(model)
     if name == "packed_varlen":
         calls = stand_in_for_varlen(monkeypatch)
@@ -446,7 +434,7 @@ def test_answers_are_those_of_plain_transformers(run):
     """With the same frames: text, pictures and clips in one batch, against each by itself."""
     conversations = [run.encoder.prepare(record)[:-1] for record in run.records]
     samples = [run.encoder.encode_prompt(messages) for messages in conversations]
-    model = plain_model(run.folder)
+    model = helpers.plain_model(run.folder)
     got = generate(model, run.encoder, run.build_inputs, samples, 12)
     for answer, messages in zip(got, conversations):
         inputs = plain_inputs(run, messages, add_generation_prompt=True, enable_thinking=False)
@@ -462,7 +450,7 @@ def test_a_run_from_the_flags_to_the_answers(run, family_data, tmp_path, capsys)
     flags += "--device cpu --learning_rate 3e-3 --num_epochs 8".split()
     flags += "--max_tokens 600 --num_workers 0".split()
     call(finetune, *flags)
-    losses = [row["loss"] for row in read_metrics(output_dir)]
+    losses = [row["loss"] for row in helpers.read_metrics(output_dir)]
     assert len(losses) == 8 and losses[-1] < 0.5 * losses[0]
 
     model = AutoModelForImageTextToText.from_pretrained(output_dir)
@@ -482,7 +470,7 @@ def test_other_models_are_refused(tmp_path):
     config = {"model_type": "qwen2_5_vl", "text_config": sliding}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="asks for sliding attention: not supported"):
-        load_processor(str(tmp_path), tiny_config())
+        load_processor(str(tmp_path), helpers.tiny_config())
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
     with pytest.raises(UserError, match="is of type llava; use one of qwen2_vl"):
-        load_processor(str(tmp_path), tiny_config())
+        load_processor(str(tmp_path), helpers.tiny_config())

@@ -12,20 +12,9 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file
 
 import finetune
+import helpers
 import test_on_trained_model_by_us as asking
-from helpers import (
-    CPU,
-    REPO,
-    assistant,
-    call,
-    image,
-    make_image,
-    plain_model,
-    text,
-    tiny_config,
-    user,
-    write_data,
-)
+from helpers import CPU, assistant, call, image, make_image, text, user, write_data
 from util.config import BITSANDBYTES, UserError, parse_config
 from util.model import four_bit
 from util.model.four_bit import FourBitLinear, quantize
@@ -64,7 +53,10 @@ def test_a_layer_computes_with_the_weight_that_it_is_rounded_to(shape):
 
 def test_a_base_is_rounded_layer_by_layer(tiny_folder, monkeypatch):
     """The weights of one are gone before the next: two copies of a model are never held."""
-    model, config = plain_model(tiny_folder), tiny_config(precision="bf16_4bit", lora_rank=4)
+    model, config = (
+        helpers.plain_model(tiny_folder),
+        helpers.tiny_config(precision="bf16_4bit", lora_rank=4),
+    )
     layers = model.model.language_model.modules()
     weights = [weakref.ref(m.weight) for m in layers if isinstance(m, torch.nn.Linear)]
     num_held = []
@@ -160,4 +152,4 @@ def test_what_is_missing_is_told(monkeypatch):
     )
     with pytest.raises(UserError, match=f"pip install {BITSANDBYTES}"):
         parse_config(list(FLAGS))
-    assert BITSANDBYTES in (REPO / "requirements-dev.txt").read_text().splitlines()
+    assert BITSANDBYTES in (helpers.REPO / "requirements-dev.txt").read_text().splitlines()

@@ -18,14 +18,6 @@ from util.data import sample
 from util.data.sample import IGNORE
 from util.model import attention, load, tiny
 from util.model.attention import choose_attention
-from util.model.load import (
-    build_encoder,
-    check_adapter,
-    find_model,
-    load_encoder,
-    load_model,
-    load_processor,
-)
 from util.run import choose_device
 
 CUDA = torch.device("cuda")
@@ -90,7 +82,7 @@ def test_unreachable_hub_is_found_in_seconds_and_says_what_to_do(monkeypatch):
     monkeypatch.setattr(load.constants, "HF_HUB_OFFLINE", False)
     started = time.perf_counter()
     with pytest.raises(UserError) as info:
-        find_model("Qwen/Qwen2-VL-2B-Instruct")
+        load.find_model("Qwen/Qwen2-VL-2B-Instruct")
     assert time.perf_counter() - started < 15
     for way_out in ("hf download", "HF_ENDPOINT", "modelscope", "tiny", "http://127.0.0.1:9"):
         assert way_out in str(info.value)
@@ -98,10 +90,10 @@ def test_unreachable_hub_is_found_in_seconds_and_says_what_to_do(monkeypatch):
 
 def test_folders_that_are_no_models(tmp_path):
     with pytest.raises(UserError, match="no config.json"):
-        find_model(str(tmp_path))
+        load.find_model(str(tmp_path))
     for name in ("./nowhere", "/no/where", "nowhere", "models/Qwen2 VL", "my:model/a?x", "a/b/c"):
         with pytest.raises(UserError, match="no such folder"):
-            find_model(name)
+            load.find_model(name)
 
 
 @pytest.mark.parametrize("fault", ["config.json", "no processor", "no weights", "cut weights"])
@@ -120,8 +112,8 @@ def test_folders_that_are_not_whole_are_named(tiny_folder, tmp_path, fault):
     else:
         weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match=f"{folder}: cannot be loaded; are all files there\\?"):
-        load_processor(str(folder), tiny_config())
-        load_model(str(folder), CPU, tiny_config())
+        load.load_processor(str(folder), tiny_config())
+        load.load_model(str(folder), CPU, tiny_config())
 
 
 @pytest.mark.parametrize("fault", ["no tokenizer", "added token", "endless", "broken", "rank"])
@@ -134,7 +126,7 @@ def test_folders_that_do_not_fit_together_are_named(tiny_folder, tmp_path, monke
             (folder / name).unlink()
         words = "its tokenizer does not know <|image_pad|>"
     elif fault == "added token":
-        tokenizer = load_processor(tiny_folder, tiny_config()).tokenizer
+        tokenizer = load.load_processor(tiny_folder, tiny_config()).tokenizer
         tokenizer.add_tokens(["<defect>"])
         tokenizer.save_pretrained(folder)
         words = "'<defect>' as token .*resize_token_embeddings"
@@ -147,9 +139,9 @@ def test_folders_that_do_not_fit_together_are_named(tiny_folder, tmp_path, monke
         (folder / "chat_template.jinja").write_text(template[: None if fault == "endless" else 50])
         words = "chat template" + (" of .* does not end" if fault == "endless" else " fails")
     with pytest.raises(UserError, match=words):
-        processor = load_processor(str(folder), tiny_config())
-        build_encoder(str(folder), processor, tiny_config())
-        check_adapter(folder)
+        processor = load.load_processor(str(folder), tiny_config())
+        load.build_encoder(str(folder), processor, tiny_config())
+        load.check_adapter(folder)
 
 
 def test_a_damaged_tiny_model_is_built_again(tmp_path, monkeypatch, caplog):
@@ -169,7 +161,7 @@ def test_lora_tells_that_added_tokens_stay_as_they_are(tiny_folder, tmp_path, ca
     """Also one that looks like Qwen's own; of these there is no warning, nor without LoRA."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder)
-    tokenizer = load_processor(tiny_folder, tiny_config()).tokenizer
+    tokenizer = load.load_processor(tiny_folder, tiny_config()).tokenizer
     own = ["<tts_pad>", "<tts_text_bos_single>", "<|audio_start|>", "<|audio_pad|>"]
     tokenizer.add_tokens([*own, "<defect>", "<|im_happy|>", "<tool_call>"])
     tokenizer.save_pretrained(folder)
@@ -177,12 +169,14 @@ def test_lora_tells_that_added_tokens_stay_as_they_are(tiny_folder, tmp_path, ca
     config["text_config"]["vocab_size"] += 7
     (folder / "config.json").write_text(json.dumps(config))
     for model, rank in ((str(folder), 8), (str(folder), None), (tiny_folder, 8)):
-        *_, encoder = load_encoder(replace(tiny_config(lora_rank=rank), model_name_or_path=model))
+        *_, encoder = load.load_encoder(
+            replace(tiny_config(lora_rank=rank), model_name_or_path=model)
+        )
         told = [record.message for record in caplog.records]
         assert bool(told) == (model == str(folder) and rank == 8)
         assert not told or "of 2 added tokens too, <defect>, <|im_happy|>." in told[0]
         caplog.clear()
-    encoder = load_encoder(replace(tiny_config(), model_name_or_path=str(folder)))[2]
+    encoder = load.load_encoder(replace(tiny_config(), model_name_or_path=str(folder)))[2]
     answer = "A <defect> and <|im_happy|>."
     record = {"messages": [user("Hi"), assistant(answer)]}
     sample = encoder.encode(record)

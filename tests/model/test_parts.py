@@ -8,17 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import finetune
+import helpers
 import util.model.loss
-from helpers import (
-    CPU,
-    call,
-    mixed_conversations,
-    plain_model,
-    read_metrics,
-    set_up,
-    tiny_config,
-    write_data,
-)
+from helpers import CPU, call, mixed_conversations, plain_model, read_metrics, set_up, tiny_config
 from util.config import UserError
 from util.model.families import part_of
 from util.model.load import load_model_to_answer
@@ -169,7 +161,7 @@ def held_out_loss(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("data")
     train_data, held_out = (
-        write_data(folder / f"{last}.json", mixed_conversations(folder, range(first, last)))
+        helpers.write_data(folder / f"{last}.json", mixed_conversations(folder, range(first, last)))
         for first, last in ((0, 400), (400, 480))
     )
 

@@ -18,39 +18,20 @@ from PIL import Image
 from transformers import AutoProcessor, GenerationConfig
 
 import compare
+import helpers
 import test_on_official_model
 import test_on_trained_model_by_us
 import zoo
-from helpers import (
-    CPU,
-    REPO,
-    assistant,
-    call,
-    encoder_for,
-    image,
-    make_image,
-    make_video,
-    plain_model,
-    processor_for,
-    text,
-    user,
-    video,
-    write_data,
-)
+from helpers import assistant, call, image, make_image, make_video, text, user, video
 from util.config import UserError, make_visible
 from util.logutil import setup_logging
 from util.media.source import describe
 from util.model.inputs import InputBuilder
 from util.run import run_main
+from util.tools import scores
 from util.tools.generate import Prompt, generate, print_answer
 from util.tools.page import mark_differences
-from util.tools.scores import (
-    character_error_rate,
-    edit_distance,
-    exact_match,
-    load_metric,
-    score_all,
-)
+from util.tools.scores import character_error_rate, edit_distance, exact_match, load_metric
 
 TEXT = st.text("ab \n\u4f60\u597d\U0001f600", max_size=12)
 
@@ -81,11 +62,13 @@ def test_scores_by_hand():
     assert edit_distance("kitten", "sitting") == 3
     assert character_error_rate("\u4e00\u53ea\u732b", "\u4e00\u53ea\u72d7") == pytest.approx(1 / 3)
     assert exact_match(" yes\n", "yes") == 1 and exact_match("Yes", "yes") == 0
-    scores = score_all(["ab", "xy", "?"], ["ab", "xyzzzz", None], lambda a, r: len(r) - len(a))
+    found = scores.score_all(
+        ["ab", "xy", "?"], ["ab", "xyzzzz", None], lambda a, r: len(r) - len(a)
+    )
     # 4 edits over 8 characters, not the mean of 0 and 4/6.
     expected = {"num_scored": 2, "num_exact": 1, "character_error_rate": 0.5, "metric": 2.0}
-    assert scores == expected
-    assert score_all(["a"], [None], None)["character_error_rate"] is None
+    assert found == expected
+    assert scores.score_all(["a"], [None], None)["character_error_rate"] is None
 
 
 def test_own_metric(tmp_path):
@@ -180,8 +163,8 @@ def test_nothing_that_is_printed_gives_orders_to_the_terminal(capsys, tmp_path):
 
 
 def test_a_model_folder_decides_nothing_of_an_answer_but_its_end(tiny_folder):
-    encoder, model = encoder_for(tiny_folder), plain_model(tiny_folder)
-    build_inputs = InputBuilder(processor_for(tiny_folder), "sdpa", CPU)
+    encoder, model = helpers.encoder_for(tiny_folder), helpers.plain_model(tiny_folder)
+    build_inputs = InputBuilder(helpers.processor_for(tiny_folder), "sdpa", helpers.CPU)
     samples = [encoder.encode_prompt([user(question)]) for question in ("Hi", "What is it?")]
     expected = generate(model, encoder, build_inputs, samples, 4)
     for odd in (
@@ -203,7 +186,7 @@ def run(tmp_path_factory, tiny_folder):
     folder = tmp_path_factory.mktemp("compare")
     picture = make_image(folder / "picture.png", 90, 120)
     make_video(folder / "clip.mp4", 8, 64, 96)
-    write_data(
+    helpers.write_data(
         folder / "data.json",
         [
             [user(image(picture), text("What is it?")), assistant("\u4e00\u53ea\u732b")],
@@ -212,7 +195,7 @@ def run(tmp_path_factory, tiny_folder):
         ],
     )
     output_dir = folder / "run"
-    model = plain_model(tiny_folder)
+    model = helpers.plain_model(tiny_folder)
     # All logits equal: the first token is answered to everything, unlike the base model.
     model.model.language_model.norm.weight.data.zero_()
     model.save_pretrained(output_dir)
@@ -471,5 +454,5 @@ def test_broken_metrics_cost_only_the_curve(answers, make_page, tmp_path, capsys
 
 
 def test_compare_needs_no_gpu_and_no_model():
-    source = (REPO / "compare.py").read_text(encoding="utf-8")
+    source = (helpers.REPO / "compare.py").read_text(encoding="utf-8")
     assert "util.model" not in source and "generate" not in source.split('"""')[2]

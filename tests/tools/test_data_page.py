@@ -11,20 +11,8 @@ import pytest
 from PIL import Image
 
 import check_data
-from helpers import (
-    REPO,
-    assistant,
-    call,
-    encoder_for,
-    image,
-    make_image,
-    make_video,
-    shown,
-    text,
-    user,
-    video,
-    write_data,
-)
+import helpers
+from helpers import assistant, call, image, shown, text, user, video
 from util.config import UserError
 
 UPDATE = os.environ.get("UPDATE_SCREENSHOTS") == "1"
@@ -46,8 +34,8 @@ def folder(browser, tmp_path_factory):
     exif[0x0112] = 6
     turned = Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_90)
     turned.save(folder / HOSTILE, "JPEG", exif=exif, quality=95)
-    make_image(folder / "b.png", 84, 56)
-    make_video(folder / "a.mp4", 16, 64, 64, fps=4)
+    helpers.make_image(folder / "b.png", 84, 56)
+    helpers.make_video(folder / "a.mp4", 16, 64, 64, fps=4)
     (folder / "cut.jpg").write_bytes((folder / HOSTILE).read_bytes()[:600])
     two = [image("b.png"), image(HOSTILE)]
     conversations = [
@@ -58,7 +46,7 @@ def folder(browser, tmp_path_factory):
         [user(image("missing.jpg")), assistant("Nothing.")],
         [user(*two, text("Where?")), assistant(BOX), user("Hm?"), assistant("There.")],
     ]
-    write_data(folder / "data.json", conversations)
+    helpers.write_data(folder / "data.json", conversations)
     (folder / "more.jsonl").write_text(
         '{"messages": [{"role": "user", "content": "line 1"}, oops\n'
     )
@@ -183,7 +171,7 @@ def test_a_frame_is_the_one_of_its_time(page):
 
 
 def test_what_is_marked_is_what_is_trained(page, folder, tiny_folder):
-    encoder = encoder_for(tiny_folder)
+    encoder = helpers.encoder_for(tiny_folder)
     records = json.loads((folder / "data.json").read_text())
     for i in (0, 1, 3, 5):
         sample = encoder.encode(records[i], folder)
@@ -225,7 +213,7 @@ def test_only_so_many_samples_and_pictures_are_shown(folder, open_page):
 
 def renew_screenshot(folder, open_page):
     """Show a copy of train_data with boxes, a clip and a mistake in it."""
-    shutil.copytree(REPO / "train_data", folder / "photos")
+    shutil.copytree(helpers.REPO / "train_data", folder / "photos")
     records = json.loads((folder / "photos" / "data.json").read_text(encoding="utf-8"))
     boxes = {"patch": (255, 675, 410, 830), "helmet": (540, 670, 985, 999)}
     boxes["shuttle"] = (690, 0, 895, 560)
@@ -245,7 +233,7 @@ def renew_screenshot(folder, open_page):
     page.set_viewport_size({"width": 1200, "height": 1490})
     page.screenshot(path=folder / "data.png")
     Image.open(folder / "data.png").convert("RGB").quantize(kmeans=1).save(
-        REPO / "docs" / "data.png"
+        helpers.REPO / "docs" / "data.png"
     )
 
 
