@@ -94,16 +94,18 @@ def allocator_peak(step, model, optimizer) -> int:
     return peak
 
 
-def measure(variant: str, device: torch.device, folder: Path) -> dict:
+def measure(variant: str, device_name: str) -> dict:
     """Run two steps; return peak and resident GiB, and seconds of the second one's parts."""
+    device = torch.device(device_name)
     flags = {"model_name_or_path": NAME, "max_tokens": NUM_TOKENS, "max_pixels": SIDE**2}
     config = fill_defaults(Config(**flags, batch_size=1, **VARIANTS[variant]), device.type)
     processor, encoder, model_config = load_for_plan(config)
-    data = prepare_data([write_data(folder, encoder)], encoder, config)
-    micro_batch = data.samples.collate([data.samples[0]])
+    with tempfile.TemporaryDirectory() as folder:
+        data = prepare_data([write_data(Path(folder), encoder)], encoder, config)
+        micro_batch = data.samples.collate([data.samples[0]])
+        planned = plan_memory(model_config, processor, config, data, shard_size=1)
     assert micro_batch.input_ids.numel() == NUM_TOKENS
     assert len(micro_batch.targets) == NUM_SUPERVISED
-    planned = plan_memory(model_config, processor, config, data, shard_size=1)
     attention = choose_attention(device, config.precision)
     model = make_model(model_config, config, attention, device)
     build_inputs = InputBuilder(processor, attention, device)
@@ -147,19 +149,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", help="a part of the name of the variants to run")
-    parser.add_argument("--variant", help="measure one in this process, print JSON")
     arguments = parser.parse_args()
-    if arguments.variant:
-        with tempfile.TemporaryDirectory() as folder:
-            device = torch.device(arguments.device)
-            print(json.dumps(measure(arguments.variant, device, Path(folder))))
-        return
     print(f"{NAME}, random weights, {NUM_TOKENS} tokens, 576 of an image, on {arguments.device}\n")
     print_header("variant", *(f"{name} GiB" for name in MEMORY), *PARTS, "seconds")
     for variant in VARIANTS:
         if arguments.only not in variant:
             continue
-        row = run_alone("bench_2b", "--variant", variant, "--device", arguments.device)
+        row = run_alone("bench_2b.measure", variant, arguments.device)
         if "error" in row:
             print_row(variant, row["error"], *[""] * 6)
         else:

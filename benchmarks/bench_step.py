@@ -9,7 +9,6 @@ of Qwen2-VL.
 """
 
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -135,16 +134,13 @@ def measure_logits(variant: str) -> dict:
 
 
 def main() -> None:
-    if len(sys.argv) == 3:  # in a process of its own
-        measure = {"step": measure_step, "logits": measure_logits}[sys.argv[1]]
-        return print(json.dumps(measure(sys.argv[2])))
     print_header("step", "tokens/s", "seconds", "peak GiB")
     for variant in ("packed", "padded", "one by one"):
-        print_row(variant, *run_alone("bench_step", "step", variant).values())
+        print_row(variant, *run_alone("bench_step.measure_step", variant).values())
     print()
     print_header("logits, a quarter of 2,048 tokens supervised", "seconds", "peak GiB")
     for variant in ("all positions", "supervised positions"):
-        print_row(variant, *run_alone("bench_step", "logits", variant).values())
+        print_row(variant, *run_alone("bench_step.measure_logits", variant).values())
 
 
 if __name__ == "__main__":

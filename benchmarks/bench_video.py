@@ -9,7 +9,6 @@ floor, which only decodes. Ours and the floor run on one thread, as in a worker 
 """
 
 import argparse
-import json
 import os
 import re
 import tempfile
@@ -144,10 +143,7 @@ def bench(what: str, path: str, size: tuple[int, int], num_bytes: int, num_round
         if name == EVERYTHING and num_bytes > 0.7 * psutil.virtual_memory().available:
             print_row(name, f"needs {num_bytes / 1e9:.0f} GB: left out", "")
             continue
-        rows = [
-            run_alone("bench_video", "--measure", json.dumps([name, path, size]))
-            for _ in range(num_rounds)
-        ]
+        rows = [run_alone("bench_video.measure", name, path, size) for _ in range(num_rounds)]
         if errors := [row["error"] for row in rows if "error" in row]:
             print_row(name, errors[0], "")
         else:
@@ -160,10 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=3, help="measurements; the best counts")
     parser.add_argument("--clips", nargs="+", choices=CLIPS, default=list(CLIPS))
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.measure:
-        return print(json.dumps(measure(*json.loads(arguments.measure))))
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.clips:
             what, clip, size = CLIPS[name]

@@ -20,12 +20,16 @@ def load_tiny(**flags):
     return config, processor, build_encoder(find_model("tiny"), processor, config)
 
 
-def run_alone(name: str, *arguments: str) -> dict:
-    """Run benchmarks/NAME.py in a process of its own; return the JSON object that it prints last.
+def run_alone(function: str, *arguments) -> dict:
+    """Call a function of a benchmark, such as bench_2b.measure, in a process of its own.
 
-    Where it fails, the object has one key, error.
+    Arguments are what JSON can hold, and so is the object that is returned. Where the function
+    fails, the object has one key, error.
     """
-    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+    module, name = function.split(".")
+    code = f"import json, sys\nfrom benchmarks.{module} import {name}\n"
+    code += f"print(json.dumps({name}(*json.loads(sys.argv[1]))))"
+    command = [sys.executable, "-c", code, json.dumps(arguments)]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     if done.returncode < 0:
         return {"error": f"ended by signal {-done.returncode}, as when memory is full"}
