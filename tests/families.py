@@ -116,7 +116,9 @@ def build_processor(family: str, tokenizer):
 
 
 def build_family(family: str, tiny_folder: str, folder: Path) -> str:
-    """Write a model of a family to `folder` and return its path."""
+    """Write a model of a family to `folder` and return its path; Qwen2-VL's is `tiny_folder`."""
+    if family == "qwen2_vl":
+        return tiny_folder
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     config = AutoConfig.from_pretrained(tiny_folder)
     names = (f"{name}_token_id" for name in ("image", "video", "vision_start", "vision_end"))

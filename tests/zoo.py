@@ -131,55 +131,40 @@ def make_zoo_clip(folder: Path, name: str) -> str:
     return str(path) if path.exists() else make_clip(path, codec, options, **more)
 
 
-def copy_packets(source: str, path: Path, change=list, **how) -> str:
-    """Copy a clip without decoding it, with `change(packets)` in place of its packets."""
+def copy_packets(source: str, path: Path, change=list, *values, **how) -> str:
+    """Copy a clip without decoding it, `change(packets, *values)` in place of its packets."""
     with av.open(source) as old, av.open(str(path), "w", **how) as new:
         stream = new.add_stream_from_template(old.streams.video[0])
-        for packet in change([packet for packet in old.demux(video=0) if packet.size]):
+        for packet in change([packet for packet in old.demux(video=0) if packet.size], *values):
             packet.stream = stream
             new.mux(packet)
     return str(path)
 
 
-def make_trimmed(source: str, path: Path, start: int) -> str:
-    """Copy a clip into mp4, its packets `start` ticks of 1/25 s earlier.
-
-    What comes before time 0 is kept, hidden by an edit list, as phones and editors do.
-    """
-
-    def earlier(packets):
-        shift = round(Fraction(start, CLIP_RATE) / packets[0].time_base)
-        for packet in packets:
-            packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
-        return packets
-
-    return copy_packets(source, path, earlier)
+def earlier(packets: list[av.Packet], seconds: Fraction) -> list[av.Packet]:
+    """Change times. In mp4, an edit list hides what comes before 0, as phones and editors do."""
+    shift = round(seconds / packets[0].time_base)
+    for packet in packets:
+        packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+    return packets
 
 
-def make_equal_times(source: str, path: Path, i: int) -> str:
-    """Copy a clip without reordered frames; frame `i` gets the time of the one before it."""
-
-    def change(packets):
-        packets[i].pts, packets[i].dts = packets[i - 1].pts, packets[i - 1].dts
-        return packets
-
-    return copy_packets(source, path, change)
+def with_equal_times(packets: list[av.Packet], i: int) -> list[av.Packet]:
+    """Give packet `i` the time of the one before it; frames must not be reordered."""
+    packets[i].pts, packets[i].dts = packets[i - 1].pts, packets[i - 1].dts
+    return packets
 
 
-def make_unshown(source: str, path: Path, i: int) -> str:
-    """Copy a VP8 clip with a frame more, before packet `i`, that is decoded and not shown.
+def with_unshown(packets: list[av.Packet], i: int) -> list[av.Packet]:
+    """Add a frame of VP8, before packet `i`, that is decoded and not shown.
 
     Encoders write such frames for others to refer to (alternate references).
     """
-
-    def change(packets):
-        content = bytes(packets[i])
-        unshown = av.Packet(bytes([content[0] & ~0x10]) + content[1:])
-        unshown.pts, unshown.dts = packets[i].pts, packets[i].dts
-        unshown.time_base = packets[i].time_base
-        return [*packets[:i], unshown, *packets[i:]]
-
-    return copy_packets(source, path, change)
+    content = bytes(packets[i])
+    unshown = av.Packet(bytes([content[0] & ~0x10]) + content[1:])
+    unshown.pts, unshown.dts = packets[i].pts, packets[i].dts
+    unshown.time_base = packets[i].time_base
+    return [*packets[:i], unshown, *packets[i:]]
 
 
 def mirror(path: Path) -> str:

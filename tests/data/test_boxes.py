@@ -54,9 +54,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=EXPECTED)
 def family(request, tiny_folder, tmp_path_factory):
-    folder = tiny_folder
-    if request.param != "qwen2_vl":
-        folder = build_family(request.param, tiny_folder, tmp_path_factory.mktemp(request.param))
+    folder = build_family(request.param, tiny_folder, tmp_path_factory.mktemp(request.param))
     return request.param, encoder_for(folder, min_pixels=3136, max_pixels=1_000_000)
 
 

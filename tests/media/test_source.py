@@ -65,28 +65,23 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.paths.append(self.path)
-        if self.path == "/missing.png":
+        name, num_asked = self.path[1:].removesuffix(".png"), self.server.paths.count(self.path)
+        if name == "missing":
             return self.send_error(404)
-        if self.path.startswith("/to/"):
+        if name.startswith("to/"):
             self.send_response(302)
             self.send_header("Location", self.path.removeprefix("/to/"))
             return self.end_headers()
-        if self.path in ("/503.png", "/429.png") and self.server.paths.count(self.path) < 3:
-            return self.send_error(int(self.path[1:4]))
-        if self.path == "/reset.png" and self.server.paths.count(self.path) < 3:
-            return None
-        if self.path == "/stall.png":
+        if name in ("503", "429", "reset") and num_asked < 3:
+            return None if name == "reset" else self.send_error(int(name))
+        if name == "stall":
             return self.server.done.wait(20)
         self.send_response(200)
         self.end_headers()
-        if self.path == "/trickle.png":
-            while not self.server.done.wait(0.05):
-                self.wfile.write(b"x")
-        elif self.path == "/endless.png":
-            while not self.server.done.is_set():
-                self.wfile.write(bytes(1 << 16))
-        else:
-            self.wfile.write(self.picture)
+        chunk, pause = {"trickle": (b"x", 0.05), "endless": (bytes(1 << 16), 0)}.get(name, (b"", 0))
+        while chunk and not self.server.done.wait(pause):
+            self.wfile.write(chunk)
+        self.wfile.write(self.picture)
 
     def log_message(self, *_):
         pass

@@ -278,7 +278,8 @@ def test_mirrored_clips_are_shown_mirrored(tmp_path):
 
 
 def test_an_edit_list_hides_frames(clips, tmp_path):
-    path = zoo.make_trimmed(zoo.make_zoo_clip(clips, "h264.mov"), tmp_path / "a.mp4", start=17)
+    source, cut = zoo.make_zoo_clip(clips, "h264.mov"), Fraction(17, zoo.CLIP_RATE)
+    path = zoo.copy_packets(source, tmp_path / "a.mp4", zoo.earlier, cut)
     assert_reads_as_full_decode(path, zoo.NUM_FRAMES - 17)
     # The hidden frames are those before the cut.
     with VideoReader(path) as reader:
@@ -302,10 +303,7 @@ def test_clips_whose_first_frames_refer_to_none(clips, tmp_path):
     def from_the_second_key_frame(packets):
         keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
         packets = packets[keys[1] :]
-        first = packets[0].pts
-        for packet in packets:
-            packet.pts, packet.dts = packet.pts - first, packet.dts - first
-        return packets
+        return zoo.earlier(packets, packets[0].pts * packets[0].time_base)
 
     source = zoo.make_zoo_clip(clips, "hevc_open_gop.ts")
     path = zoo.copy_packets(source, tmp_path / "a.mkv", from_the_second_key_frame)
@@ -314,7 +312,7 @@ def test_clips_whose_first_frames_refer_to_none(clips, tmp_path):
 
 def test_frames_that_are_never_shown_are_no_frames(clips, tmp_path):
     source = zoo.make_zoo_clip(clips, "vp8.webm")
-    path = zoo.make_unshown(source, tmp_path / "a.webm", 17)
+    path = zoo.copy_packets(source, tmp_path / "a.webm", zoo.with_unshown, 17)
     assert_reads_as_full_decode(path, zoo.NUM_FRAMES)
 
 
@@ -322,7 +320,7 @@ def test_frames_at_the_same_time_do_not_change_the_times_of_others(tmp_path):
     options = {"g": "12", "bf": "0"}
     source = zoo.make_clip(tmp_path / "a.mkv", "libx264", options, ticks="variable")
     assert_reads_as_full_decode(source, zoo.NUM_FRAMES)
-    path = zoo.make_equal_times(source, tmp_path / "b.mkv", 20)
+    path = zoo.copy_packets(source, tmp_path / "b.mkv", zoo.with_equal_times, 20)
     with VideoReader(source) as whole, VideoReader(path) as reader:
         assert len(reader) == zoo.NUM_FRAMES and reader.seconds[20] == reader.seconds[19]
         others = [i for i in range(zoo.NUM_FRAMES) if i != 20]

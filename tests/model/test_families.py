@@ -67,9 +67,7 @@ def family_data(tmp_path_factory) -> str:
 @pytest.fixture(scope="module", params=FAMILIES)
 def run(request, family_data, tiny_folder, tmp_path_factory):
     """A run of each family, with its folder."""
-    folder = tiny_folder
-    if request.param != "qwen2_vl":
-        folder = build_family(request.param, tiny_folder, tmp_path_factory.mktemp(request.param))
+    folder = build_family(request.param, tiny_folder, tmp_path_factory.mktemp(request.param))
     run = helpers.set_up(helpers.tiny_config(train_data=[family_data]), folder)
     run.folder, run.family = folder, request.param
     run.samples = [run.encoder.encode(record) for record in run.records]
