@@ -1,7 +1,7 @@
 """The four families go through the same code, and what differs between them is right."""
 
 import json
-from types import SimpleNamespace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -268,38 +268,35 @@ def test_kernels_of_linear_attention_get_the_ends_of_samples(run, monkeypatch):
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
 
 
-def note_and_attend(calls: list, is_causal, q, k, v, cu_q, cu_k, max_q, max_k, scale):
+def note_and_attend(
+    calls,
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+):
     """Do what kernels of flash attention do; add (is causal, ends of q, ends of k) to `calls`."""
-    lengths = cu_q.diff().tolist()
-    assert cu_q.dtype == torch.int32 and isinstance(max_q, int)
-    assert max_q == max_k == max(lengths) and sum(lengths) == len(q)
-    calls.append((is_causal, cu_q.tolist(), cu_k.tolist()))
-    module = SimpleNamespace(is_causal=is_causal)
+    lengths = cu_seqlens_q.diff().tolist()
+    assert cu_seqlens_q.dtype == torch.int32 and isinstance(max_seqlen_q, int)
+    assert max_seqlen_q == max_seqlen_k == max(lengths) and sum(lengths) == len(q)
+    assert dropout_p == 0 and window_size == (-1, -1)
+    calls.append((causal, cu_seqlens_q.tolist(), cu_seqlens_k.tolist()))
+    how = {"cu_seq_lens_q": cu_seqlens_q, "scaling": softmax_scale, "is_causal": causal}
     rows = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return attention.packed_sdpa(module, *rows, None, cu_seq_lens_q=cu_q, scaling=scale)[0][0]
+    return attention.packed_sdpa(None, *rows, None, **how)[0][0]
 
 
 def stand_in_for_flash(monkeypatch) -> list:
     """Put a stand-in for the kernel of the package flash-attn; return its calls."""
     calls = []
-
-    def flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p=0.0,
-        softmax_scale=None,
-        causal=False,
-        window_size=(-1, -1),
-    ):
-        assert dropout_p == 0 and window_size == (-1, -1)
-        ends = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        return note_and_attend(calls, causal, q, k, v, *ends, softmax_scale)
-
+    flash_attn_varlen_func = partial(note_and_attend, calls)
     flash = modeling_flash_attention_utils
     monkeypatch.setattr(flash, "_loaded_implementation", "flash_attention_2")
     monkeypatch.setattr(flash, "_flash_varlen_fn", flash_attn_varlen_func)
@@ -312,11 +309,11 @@ def stand_in_for_varlen(monkeypatch) -> list:
     """Put a stand-in for torch's varlen_attn; return its calls."""
     calls = []
 
-    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    def varlen_attn(q, k, v, *ends, scale, window_size, enable_gqa):
         is_causal = window_size == (-1, 0)
         # None, which is (-1, -1), would go to cuDNN; one as wide as all is none.
-        assert is_causal or window_size == (max_q, max_q)
-        return note_and_attend(calls, is_causal, q, k, v, cu_q, cu_k, max_q, max_k, scale)
+        assert is_causal or window_size == ends[2:]
+        return note_and_attend(calls, q, k, v, *ends, softmax_scale=scale, causal=is_causal)
 
     monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
     return calls
