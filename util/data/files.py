@@ -49,7 +49,10 @@ class Records:
         """
         file, i = self._find(i)
         if file.rows:
-            return file.rows[i]
+            try:
+                return file.rows[i]
+            finally:
+                file.refuse_changes()
         data = file.read(int(file.starts[i]), int(file.ends[i]))
         try:
             text = data.decode("utf-8-sig")
@@ -92,7 +95,7 @@ class Records:
     def refuse_changes(self) -> None:
         """Raise DataHaveChanged where a file is not what it was when it was opened."""
         for file in self.files:
-            file.read(0, 0)
+            file.refuse_changes()
 
     def groups(self) -> list[tuple[int, int, float]]:
         """Return (first, last, rate) of each file; record number `last` is the next file's."""
@@ -132,12 +135,16 @@ class DataFile:
         if isinstance(self.data, bytes):
             return self.data[start:end]
         data = os.pread(self.data.fileno(), end - start, start)
-        if len(data) < end - start or self._state() != self._opened:
+        self.refuse_changes()
+        return data
+
+    def refuse_changes(self) -> None:
+        """Raise DataHaveChanged where the file was edited since it was opened."""
+        if self._state() != self._opened:
             raise DataHaveChanged(
                 f"{self.path}: was changed while it was in use. Do not edit it during a run: write "
                 "a new file and rename it"
             )
-        return data
 
     def _state(self) -> tuple[int, int]:
         if isinstance(self.data, bytes):
@@ -199,7 +206,7 @@ def _open_parquet(path: str, rate: float, data: FileIO) -> DataFile:
     nothing = np.zeros(0, np.int64)
     file = DataFile(path, rate, data, nothing, nothing)
     try:
-        file.rows = ParquetRows(file.read, file.num_bytes)
+        file.rows = ParquetRows(path)
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: is not a Parquet file that can be read: {error}") from error
     if not len(file.rows):
