@@ -5,11 +5,14 @@ resizes again. Everything raises ValueError or OSError with a message for the us
 """
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers.models.qwen2_vl import image_processing_qwen2_vl
 from transformers.video_utils import VideoMetadata
 
 from util.media.image import Remark, image_remarks, image_size, read_image
@@ -35,8 +38,7 @@ def smart_resize(
 ) -> tuple[int, int]:
     """Return the (height, width) nearest in shape that are multiples of `factor`, within limits.
 
-    Source: `smart_resize` in transformers' image_processing_qwen2_vl.py. Raises ValueError where
-    one side is over 200 times the other, or the limits make no sense.
+    Raises ValueError where one side is over 200 times the other, or the limits make no sense.
     """
     if min_pixels > max_pixels:
         raise ValueError(f"min_pixels {min_pixels} is above max_pixels {max_pixels}")
@@ -47,16 +49,7 @@ def smart_resize(
         raise ValueError(
             f"{width} x {height} pixels: one side is over {MAX_ASPECT_RATIO} times the other"
         )
-    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
-    if new_height * new_width > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        new_height = max(factor, math.floor(height / shrink / factor) * factor)
-        new_width = max(factor, math.floor(width / shrink / factor) * factor)
-    elif new_height * new_width < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        new_height = math.ceil(height * grow / factor) * factor
-        new_width = math.ceil(width * grow / factor) * factor
-    return new_height, new_width
+    return image_processing_qwen2_vl.smart_resize(height, width, factor, min_pixels, max_pixels)
 
 
 @dataclass(frozen=True)
@@ -166,11 +159,8 @@ class PixelPolicy:
 
     def grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Return the (t, h, w) patch grid of resized frames; an image is one frame."""
-        return (
-            -(-num_frames // self.temporal_patch_size),
-            height // self.patch_size,
-            width // self.patch_size,
-        )
+        depth = -(-num_frames // self.temporal_patch_size)
+        return depth, height // self.patch_size, width // self.patch_size
 
     def num_tokens(self, grid: tuple[int, int, int]) -> int:
         """Return how many tokens the language model sees for a patch grid."""
@@ -205,59 +195,65 @@ class MediaShape:
 
 def image_sizes(item: dict, policy: PixelPolicy) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return the (height, width) of a picture as it is shown, and as it is resized."""
-    size = image_size(_resolve(item["image"], policy))
+    size = image_size(resolve(item["image"], policy.allow_remote_media))
     return size, policy.image_size(*size, **_keys(item, IMAGE_KEYS))
 
 
 def probe_media(item: dict, policy: PixelPolicy) -> MediaShape:
-    """Return the shape that `load_media` will find an item to have.
+    """Return the shape of an item, and what is odd about it.
 
     Headers and packets are read; of a clip one frame is decoded, which says how it is turned.
     """
-    if item["type"] == "image":
-        source = _resolve(item["image"], policy)
-        size = policy.image_size(*image_size(source), **_keys(item, IMAGE_KEYS))
-        return MediaShape(policy.grid(1, *size), remarks=image_remarks(source))
-    if isinstance(item["video"], list):
-        num_frames, *size = _list_size(item, policy)
-        return MediaShape(policy.grid(num_frames, *size), list_metadata(item, num_frames, policy))
-    with VideoReader(_resolve(item["video"], policy)) as reader:
-        indices = frame_indices(item, reader, policy)
-        size = policy.frame_size(len(indices), *reader.size, **_keys(item, FRAME_SIZE_KEYS))
-        grid, metadata = policy.grid(len(indices), *size), clip_metadata(item, reader, indices)
-        return MediaShape(grid, metadata, Remark.HDR if reader.is_hdr else Remark.NONE)
+    with _opened(item, policy, with_remarks=True) as (shape, _):
+        return shape
 
 
 def load_media(item: dict, policy: PixelPolicy) -> tuple[torch.Tensor, MediaShape]:
     """Return the patches (num_patches, patch_dim) uint8 of an item, and its shape."""
-    frames, metadata = _load(item, policy)
-    grid = policy.grid(len(frames), *frames.shape[-2:])
-    return patchify(frames, policy), MediaShape(grid, metadata)
+    with _opened(item, policy) as (shape, decode):
+        return patchify(decode(), policy), shape
 
 
 def load_frames(item: dict, policy: PixelPolicy) -> torch.Tensor:
     """Return an item as the model sees it: (num_frames, 3, height, width) uint8."""
-    return _load(item, policy)[0]
+    with _opened(item, policy) as (_, decode):
+        return decode()
 
 
-def _load(item: dict, policy: PixelPolicy) -> tuple[torch.Tensor, VideoMetadata | None]:
+@contextmanager
+def _opened(
+    item: dict, policy: PixelPolicy, with_remarks: bool = False
+) -> Iterator[tuple[MediaShape, Callable]]:
+    """Yield the shape of an item, and a function that returns its frames, resized."""
     if item["type"] == "image":
-        image = read_image(_resolve(item["image"], policy))
-        size = policy.image_size(*image.shape[-2:], **_keys(item, IMAGE_KEYS))
-        return _resize(image, size), None
+        source = resolve(item["image"], policy.allow_remote_media)
+        size = policy.image_size(*image_size(source), **_keys(item, IMAGE_KEYS))
+        remarks = image_remarks(source) if with_remarks else Remark.NONE
+        yield (
+            MediaShape(policy.grid(1, *size), None, remarks),
+            lambda: _resize(read_image(source), size),
+        )
+        return
+    size_keys = _keys(item, FRAME_SIZE_KEYS)
     if isinstance(item["video"], list):
-        num_frames, *size = _list_size(item, policy)
-        frames = [_resize(read_image(_resolve(s, policy)), size) for s in item["video"]]
-        frames = torch.cat([*frames, frames[-1]])[:num_frames]
-        return frames, list_metadata(item, num_frames, policy)
-    with VideoReader(_resolve(item["video"], policy)) as reader:
+        sources = [resolve(source, policy.allow_remote_media) for source in item["video"]]
+        sources += sources[-1:] * (-len(sources) % FRAME_FACTOR)  # the last twice if odd
+        sizes = {image_size(source) for source in sources}
+        if len(sizes) > 1:
+            raise ValueError("the frames differ in size")
+        size = policy.frame_size(len(sources), *sizes.pop(), **size_keys)
+        grid, metadata = policy.grid(len(sources), *size), list_metadata(item, len(sources), policy)
+        yield (
+            MediaShape(grid, metadata),
+            lambda: torch.cat([_resize(read_image(source), size) for source in sources]),
+        )
+        return
+    with VideoReader(resolve(item["video"], policy.allow_remote_media)) as reader:
         indices = frame_indices(item, reader, policy)
-        size = policy.frame_size(len(indices), *reader.size, **_keys(item, FRAME_SIZE_KEYS))
-        return reader.get_frames_at(indices, *size), clip_metadata(item, reader, indices)
-
-
-def _resolve(source, policy: PixelPolicy):
-    return resolve(source, policy.allow_remote_media)
+        size = policy.frame_size(len(indices), *reader.size, **size_keys)
+        grid, metadata = policy.grid(len(indices), *size), clip_metadata(item, reader, indices)
+        remarks = Remark.HDR if reader.is_hdr else Remark.NONE
+        yield MediaShape(grid, metadata, remarks), lambda: reader.get_frames_at(indices, *size)
 
 
 def _keys(item: dict, names: tuple) -> dict:
@@ -267,15 +263,6 @@ def _keys(item: dict, names: tuple) -> dict:
 def _resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     # The same resampling, in the same integer arithmetic, as the model's own processor.
     return F.interpolate(image[None], size, mode="bicubic", antialias=True)
-
-
-def _list_size(item: dict, policy: PixelPolicy) -> tuple[int, int, int]:
-    """Return (num_frames, height, width) of a list of frames: all, the last twice if odd."""
-    sizes = [image_size(_resolve(source, policy)) for source in item["video"]]
-    if len(set(sizes)) > 1:
-        raise ValueError("the frames differ in size")
-    num_frames = math.ceil(len(sizes) / FRAME_FACTOR) * FRAME_FACTOR
-    return num_frames, *policy.frame_size(num_frames, *sizes[0], **_keys(item, FRAME_SIZE_KEYS))
 
 
 def frame_indices(item: dict, reader: VideoReader, policy: PixelPolicy) -> list[int]:
