@@ -48,6 +48,11 @@ class Sample:
     media_types: list[str]
     second_per_grid_ts: list[float]
 
+    def media(self) -> Iterator[tuple[str, tuple[int, int, int], torch.Tensor]]:
+        """Yield (media type, grid, patches) of each picture and clip."""
+        sizes = [t * h * w for t, h, w in self.grids]
+        return zip(self.media_types, self.grids, self.patches.split(sizes))
+
 
 class SampleEncoder:
     """Turns conversations into samples, with the tokenizer and chat template of the model.

@@ -102,10 +102,9 @@ def _make_card(encoder: SampleEncoder, records: Records, i: int) -> dict | str:
         shapes = [probe_media(item, encoder.policy) for item in items]
     except ValueError as error:
         return str(error)
-    patches = sample.patches.split([t * h * w for t, h, w in sample.grids])
     media = [
-        _show_media(item, own_patches, grid, shape.metadata, encoder.policy)
-        for item, own_patches, grid, shape in zip(items, patches, sample.grids, shapes)
+        _show_media(item, patches, grid, shape.metadata, encoder.policy)
+        for item, shape, (_, grid, patches) in zip(items, shapes, sample.media())
     ]
     types = encoder.token_types(sample.input_ids)
     return {

@@ -384,16 +384,9 @@ def _model_inputs(encoder: SampleEncoder, build_inputs, samples: list[Sample]) -
         ("image", "image_grid_thw", "pixel_values"),
         ("video", "video_grid_thw", "pixel_values_videos"),
     ):
-        patches, grids = [], []
-        for sample in samples:
-            sizes = [t * h * w for t, h, w in sample.grids]
-            for part, grid, type_ in zip(
-                sample.patches.split(sizes), sample.grids, sample.media_types
-            ):
-                if type_ == kind:
-                    patches.append(part)
-                    grids.append(grid)
-        if grids:
+        media = [item for sample in samples for item in sample.media() if item[0] == kind]
+        if media:
+            _, grids, patches = zip(*media)
             inputs[grid_name] = torch.tensor(grids)
             inputs[pixel_name] = build_inputs.normalize(torch.cat(patches).to(device))
     seconds = [second for sample in samples for second in sample.second_per_grid_ts]
