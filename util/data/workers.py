@@ -3,18 +3,16 @@
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from util.config import UserError
 from util.data.files import Records
-from util.data.sample import SampleEncoder
 from util.survive import time_limit
 
 # What takes longer, a batch of samples, will never be read. A decoder hangs in C, where no signal
@@ -26,14 +24,14 @@ MIN_SAMPLES_FOR_PROCESSES = 256
 
 
 def run_all(function, title: str, numbers: np.ndarray, records: Records, encoder) -> Iterator:
-    """Yield (sample number, result of `function`) in order, with a progress bar."""
+    """Yield (i, function(encoder, records, i)) for `numbers`, in order, with a progress bar."""
     numbers = numbers.tolist()
     num_workers = 0 if len(numbers) < MIN_SAMPLES_FOR_PROCESSES else num_cores()
     batches = [numbers[i : i + 16] for i in range(0, len(numbers), 16)]
     loader = DataLoader(
-        _Task(function, records, encoder),
+        range(len(records)),
         batch_sampler=batches,
-        collate_fn=list,
+        collate_fn=lambda batch: [function(encoder, records, i) for i in batch],
         **worker_settings(num_workers) | {"worker_init_fn": _start_measuring},
     )
     # Closed as this function ends, however it does, which ends the processes.
@@ -65,22 +63,19 @@ def read_in_time(loader: DataLoader, batches: Iterable[list[int]], records: Reco
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
+            places = ", ".join(map(records.where, batch))
             raise UserError(
-                f"a process that reads data was killed, before or at {_places(records, batch)}. Is "
+                f"a process that reads data was killed, before or at {places}. Is "
                 "the main memory full (fewer --num_workers), or the shared one (docker run "
                 f"--shm-size 8g)? {' '.join(str(error).split())}"
             ) from error
         yield result
 
 
-def _places(records: Records, batch: list[int]) -> str:
-    return ", ".join(map(records.where, batch))
-
-
 def _not_read(records: Records, batch: list[int]) -> str:
     return (
-        f"not read within {READ_SECONDS / 60:g} minutes: {_places(records, batch)}. check_data.py "
-        "--show N tries one: leave out the one that does not end"
+        f"not read within {READ_SECONDS / 60:g} minutes: {', '.join(map(records.where, batch))}. "
+        "check_data.py --show N tries one: leave out the one that does not end"
     )
 
 
@@ -88,18 +83,6 @@ def _start_measuring(worker_id: int) -> None:
     start_worker(worker_id)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)  # nothing has to be finished
-
-
-@dataclass
-class _Task(Dataset):
-    """Sample number -> what `function` says of it."""
-
-    function: Callable
-    records: Records
-    encoder: SampleEncoder
-
-    def __getitem__(self, i: int):
-        return self.function(self.encoder, self.records, i)
 
 
 def num_cores() -> int:
