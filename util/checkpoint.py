@@ -17,7 +17,7 @@ import shutil
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -44,6 +44,8 @@ from util.shards import ShardPlanner, ShardReader, ShardWriter, read_index
 from util.survive import check_claim, release
 
 logger = logging.getLogger("finetune")
+# That a single process is a single process.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 # Flags that a resumed run may change; all others set the mathematics.
 MACHINE_SETTINGS = {
@@ -99,9 +101,8 @@ def save_checkpoint(
             return True
         on_main_process(_start_writing, partial, model, config)
         tensors = _state_dict(model, optimizer, has_moments=bool(optimizer.state))
-        with _quiet():
-            writer = ShardWriter(partial / RESUME_DIR)
-            dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+        writer = ShardWriter(partial / RESUME_DIR)
+        dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
         _export(model, processor, partial)
         on_main_process(config.save, partial / "config_used.json")
         on_main_process(_finish_writing, partial, final, state)
@@ -135,7 +136,8 @@ def finish_run(model, processor, config: Config, started: float, lost=()) -> Non
     try:
         on_main_process(check_claim, output_dir)
         if best:
-            on_main_process(_copy_model, best, output_dir)
+            ignored = shutil.ignore_patterns(RESUME_DIR, "config_used.json")
+            on_main_process(shutil.copytree, best, output_dir, ignore=ignored, dirs_exist_ok=True)
             logger.info(f"best       {best}, held-out loss {lowest:.4f}: {output_dir} holds it")
         else:
             _export(model, processor, output_dir)
@@ -155,11 +157,6 @@ def finish_run(model, processor, config: Config, started: float, lost=()) -> Non
         f"done       in {time.perf_counter() - started:.0f} s. Compare: "
         f"python test_on_trained_model_by_us.py --model_dir {output_dir}"
     )
-
-
-def _copy_model(checkpoint: Path, output_dir: Path) -> None:
-    ignored = shutil.ignore_patterns(RESUME_DIR, "config_used.json")
-    shutil.copytree(checkpoint, output_dir, ignore=ignored, dirs_exist_ok=True)
 
 
 def _tell_the_end(output_dir: Path) -> None:
@@ -203,14 +200,6 @@ def _state_dict(model, optimizer, has_moments: bool) -> dict:
     if has_moments:
         tensors["optimizer"] = get_optimizer_state_dict(model, optimizer, options=OPTIONS)
     return tensors
-
-
-@contextmanager
-def _quiet():
-    """Without the warning that a single process is a single process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 def _is_there(final: Path, eval_loss: float | None) -> bool:
@@ -369,12 +358,10 @@ def find_checkpoint(config: Config) -> Path | None:
     """Return the undamaged checkpoint that --resume_from names, None without the flag.
 
     Raises UserError where there is none. A damaged one is named, and "latest" goes on to the one
-    before. The main process looks for all ranks.
+    before.
     """
-    return on_main_process(_find_checkpoint, config) if config.resume_from else None
-
-
-def _find_checkpoint(config: Config) -> Path:
+    if not config.resume_from:
+        return None
     if config.resume_from != "latest":
         folder = Path(config.resume_from)
         if not CHECKPOINT_NAME.fullmatch(folder.resolve().name):
@@ -382,8 +369,14 @@ def _find_checkpoint(config: Config) -> Path:
         if problem := damage(folder):
             raise UserError(f"--resume_from {folder}: {problem}")
         return folder
-    output_dir = Path(config.output_dir) if config.output_dir else _newest_run_with_checkpoints()
-    for folder in list_checkpoints(output_dir):
+    output_dir = config.output_dir
+    if not output_dir:
+        states = Path("train_output").glob(f"*/checkpoint-*/{STATE_FILE}")
+        newest = max(states, key=lambda path: path.stat().st_mtime, default=None)
+        if newest is None:
+            raise UserError("--resume_from latest: no run under train_output has a checkpoint")
+        output_dir = newest.parents[2]
+    for folder in list_checkpoints(Path(output_dir)):
         if not (problem := damage(folder)):
             return folder
         logger.warning(f"{folder} is damaged ({problem}): going back to the one before")
@@ -391,14 +384,6 @@ def _find_checkpoint(config: Config) -> Path:
         f"--resume_from latest: {output_dir} holds no usable checkpoint: start anew, with another "
         "--output_dir"
     )
-
-
-def _newest_run_with_checkpoints() -> Path:
-    states = Path("train_output").glob(f"*/checkpoint-*/{STATE_FILE}")
-    newest = max(states, key=lambda path: path.stat().st_mtime, default=None)
-    if newest is None:
-        raise UserError("--resume_from latest: no run under train_output has a checkpoint")
-    return newest.parents[2]
 
 
 def damage(folder: Path) -> str | None:
@@ -457,7 +442,7 @@ def open_run(config: Config, device: torch.device) -> tuple[Config, Path | None]
 
     The output folder is made. The same on all ranks.
     """
-    checkpoint = find_checkpoint(config)
+    checkpoint = on_main_process(find_checkpoint, config)
     return open_output_dir(config, device, checkpoint), checkpoint
 
 
@@ -543,14 +528,13 @@ def load_checkpoint(folder: Path, model, optimizer) -> tuple[int, float | None]:
     """
     names = read_index(folder / RESUME_DIR).state_dict_metadata
     tensors = _state_dict(model, optimizer, any(name.startswith("optimizer.") for name in names))
-    with _quiet():
-        reader, planner = ShardReader(folder / RESUME_DIR), ShardPlanner()
-        no_dist = not dist.is_initialized()
-        try:
-            dcp.load(tensors, storage_reader=reader, planner=planner, no_dist=no_dist)
-        except CheckpointException as error:
-            reason = next(iter(error.failures.values()))[0]
-            raise UserError(f"{folder}: cannot be loaded: {reason!r:.300}") from None
+    reader, planner = ShardReader(folder / RESUME_DIR), ShardPlanner()
+    no_dist = not dist.is_initialized()
+    try:
+        dcp.load(tensors, storage_reader=reader, planner=planner, no_dist=no_dist)
+    except CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        raise UserError(f"{folder}: cannot be loaded: {reason!r:.300}") from None
     set_model_state_dict(model, tensors["model"], options=OPTIONS)
     if "optimizer" in tensors:
         set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=OPTIONS)
@@ -567,10 +551,9 @@ def _random_states() -> dict[str, str]:
 
 
 def _restore_random_states(states: dict[str, str]) -> None:
-    states = {
-        device: torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
-        for device, text in states.items()
-    }
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    for device, text in states.items():
+        state = torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+        if device == "cpu":
+            torch.set_rng_state(state)
+        elif device == "cuda" and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state)

@@ -136,7 +136,7 @@ class RunLog:
             time.sleep(LAST_CHANCE_SECONDS)
             folder = self.metrics_file.path.parent
             with suppress(OSError):  # one that was deleted; until now it might have come back
-                on_main_process(lambda: folder.mkdir(parents=True, exist_ok=True))
+                on_main_process(folder.mkdir, parents=True, exist_ok=True)
         num_lost = on_main_process(self.metrics_file.give_up)
         return [f"{num_lost} lines of metrics.jsonl"] if num_lost else []
 

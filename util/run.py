@@ -59,17 +59,17 @@ def shard_size(config: Config) -> int:
     return size
 
 
-def on_main_process(function, *arguments):
+def on_main_process(function, *args, **kwargs):
     """Return on every rank what `function` returns on the main one, where alone it runs.
 
     An OSError or UserError is raised on every rank too. On a single device, it is just called.
     """
     if not dist.is_initialized():
-        return function(*arguments)
+        return function(*args, **kwargs)
     result = [None]
     if is_main_process():
         try:
-            result = [function(*arguments)]
+            result = [function(*args, **kwargs)]
         except (OSError, UserError) as error:
             result = [error]
     dist.broadcast_object_list(result)
