@@ -25,6 +25,21 @@ def read_requirements(path: Path) -> dict[str, str]:
     return pins
 
 
+def find_differences(pins: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Return which packages are not installed, and which are of another version."""
+    missing, other = [], []
+    for name, version in pins.items():
+        try:
+            installed = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+            continue
+        # A local part names a build, such as 2.14.1+cu130.
+        if installed.split("+")[0] != version:
+            other.append(f"{name} {installed} (tested: {version})")
+    return missing, other
+
+
 def main() -> None:
     if sys.version_info < OLDEST_PYTHON:
         needed = ".".join(map(str, OLDEST_PYTHON))
@@ -36,16 +51,7 @@ def main() -> None:
     pins = {}
     for path in sys.argv[1:]:
         pins |= read_requirements(Path(path))
-    missing, other = [], []
-    for name, version in pins.items():
-        try:
-            installed = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(name)
-            continue
-        # A local part names a build, such as 2.14.1+cu130.
-        if installed.split("+")[0] != version:
-            other.append(f"{name} {installed} (tested: {version})")
+    missing, other = find_differences(pins)
     if other:
         print("warning: versions that were not tested: " + ", ".join(other), file=sys.stderr)
     if missing:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from util.check_requirements import read_requirements
+from util.check_requirements import find_differences, read_requirements
 from util.config import Config, make_visible
 from util.data.batch import PlannedData
 from util.run import is_main_process, on_main_process, shard_size, world_size
@@ -176,8 +176,10 @@ def _log_setup(config: Config, model, data, eval_data, num_steps: int, device) -
         logger.info(
             f"ranks      {world_size()}: {world_size() // shards} replicas, each over {shards}"
         )
-    if other := untested_versions():
-        logger.warning(f"versions   not tested: {other}")
+    requirements = Path(__file__).resolve().parent.parent / "requirements.txt"
+    _, other = find_differences(read_requirements(requirements))
+    if other:
+        logger.warning(f"versions   not tested: {', '.join(other)}")
 
 
 class MetricsFile:
@@ -244,16 +246,6 @@ def versions() -> dict[str, str]:
     names += ("av", "pillow", "numpy")
     installed = {name: importlib.metadata.version(name) for name in names}
     return {"python": platform.python_version(), **installed}
-
-
-def untested_versions() -> str:
-    """Return the packages that are not of the version in requirements.txt, or an empty string."""
-    pins = read_requirements(Path(__file__).resolve().parent.parent / "requirements.txt")
-    return ", ".join(
-        f"{name} {version} (tested: {pins[name]})"
-        for name, version in versions().items()
-        if name in pins and version.split("+")[0] != pins[name]
-    )
 
 
 def open_reporter(config: Config, output_dir: Path) -> Callable[[dict], None]:
