@@ -39,7 +39,6 @@ from util.vision_util import PixelPolicy
 logger = logging.getLogger("finetune")
 
 ADAPTER_FILE = "adapter_config.json"
-CPU = torch.device("cpu")
 
 
 def is_model_folder(folder: str | Path) -> bool:
@@ -65,10 +64,10 @@ def find_model(name: str, with_weights: bool = True) -> str:
             f"{name}: no such folder, and not a hub name like Qwen/Qwen2-VL-2B-Instruct"
         )
     patterns = ["*.json", "*.jinja", "*.txt", "*.model", *["*.safetensors"] * with_weights]
-    wanted = {"allow_patterns": patterns}
+    download = partial(snapshot_download, name, allow_patterns=patterns)
     if reason := _why_unreachable(f"{constants.ENDPOINT}/{name}/resolve/main/config.json"):
         try:
-            return snapshot_download(name, local_files_only=True, **wanted)
+            return download(local_files_only=True)
         except LocalEntryNotFoundError:
             raise UserError(
                 f"{name} is not on this machine, and {constants.ENDPOINT} cannot be reached "
@@ -81,7 +80,7 @@ def find_model(name: str, with_weights: bool = True) -> str:
                 "  - try everything with the embedded model: --model_name_or_path tiny"
             ) from None
     try:
-        return snapshot_download(name, **wanted)
+        return download()
     except HfHubHTTPError as error:
         raise UserError(f"{name}: the hub refuses it: {error}") from error
 
@@ -139,9 +138,8 @@ def load_processor(folder: str, config: Config):
         model_config = transformers.AutoConfig.from_pretrained(
             base_folder(folder), trust_remote_code=False
         )
-    if problem := why_not_trained(model_config):
-        raise UserError(f"{folder}: {problem}")
-    with explained(folder):
+        if problem := why_not_trained(model_config):
+            raise UserError(f"{folder}: {problem}")
         processor = transformers.AutoProcessor.from_pretrained(folder)
     _check_tokenizer(folder, processor, model_config)
     processor.tokenizer.padding_side = "left"  # what batched generation needs
@@ -240,7 +238,8 @@ def load_model_to_answer(folder: str, attention: str, device: torch.device, dtyp
     """
     base, is_rounded = base_folder(folder), stands_on_4_bits(folder)
     # Where the base is in 4 bits, its whole weights may not fit onto the device.
-    model = _from_pretrained(base, attention, dtype, device_map={"": CPU if is_rounded else device})
+    place = "cpu" if is_rounded else device
+    model = _from_pretrained(base, attention, dtype, device_map={"": place})
     if base == folder:
         return model.eval()
     with explained(folder):
@@ -283,14 +282,6 @@ def _from_pretrained(folder: str, attention: str, dtype, **options):
         )
 
 
-def is_exported(model, name: str) -> bool:
-    """Return whether a tensor of the state dict is written: with LoRA, those of the adapter."""
-    if hasattr(model, "peft_config"):
-        return ".lora_" in name
-    # Tied weights are one tensor under two names.
-    return name != "lm_head.weight" or not model.config.tie_word_embeddings
-
-
 @torch.no_grad()
 def export_model(model, processor, output_dir: str | Path, dtype=torch.bfloat16) -> None:
     """Write a folder that the Auto classes load: bf16 weights, processor, chat template.
@@ -298,9 +289,11 @@ def export_model(model, processor, output_dir: str | Path, dtype=torch.bfloat16)
     With LoRA: the adapter (in fp32, it is small), as PEFT and vLLM read it. Shards are gathered a
     tensor at a time; only the main process keeps them, in main memory, and writes.
     """
-    state_dict = {}
+    state_dict, is_adapter = {}, hasattr(model, "peft_config")
     for name, tensor in model.state_dict().items():
-        if not is_exported(model, name):
+        # Tied weights are one tensor under two names.
+        is_double = name == "lm_head.weight" and model.config.tie_word_embeddings
+        if is_double or (is_adapter and ".lora_" not in name):
             continue
         tensor = tensor.detach().to(torch.float32 if ".lora_" in name else dtype)
         if isinstance(tensor, DTensor):

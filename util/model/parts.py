@@ -49,7 +49,10 @@ def prepare_for_training(model, config: Config, device: torch.device | None = No
     if not adds_features_in_layers(model):
         model.model.register_forward_pre_hook(place_media, with_kwargs=True)
     if config.compile:
-        compile_layers(model)
+        # Each by itself, when it first runs: what is compiled of one serves all of its kind,
+        # whatever the lengths are. Names of parameters stay the same.
+        for layer in chain(*layers_of(model)):
+            layer.forward = torch.compile(layer.forward, dynamic=True)
     for part, module in (("llm", model.model.language_model), ("vision", model.model.visual)):
         if config.gradient_checkpointing in (part, "all"):
             checkpoint_layers(module)
@@ -137,16 +140,6 @@ def set_dtypes(model, config: Config, device: torch.device | None = None) -> Non
         dtype = torch.bfloat16 if is_halved else torch.float32
         if parameter.is_floating_point():  # other than what quantize_base has put there
             parameter.data = parameter.data.to(device or parameter.device, dtype)
-
-
-def compile_layers(model) -> None:
-    """Let each decoder layer and vision block be compiled by itself, when it first runs.
-
-    What is compiled of one serves all of its kind, whatever the lengths are. Names of parameters
-    stay the same.
-    """
-    for layer in chain(*layers_of(model)):
-        layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
 def checkpoint_layers(module) -> None:
