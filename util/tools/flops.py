@@ -2,6 +2,7 @@
 
 import re
 import resource
+from itertools import chain
 
 import torch
 import transformers
@@ -62,15 +63,11 @@ def published_config(name: str) -> transformers.Qwen2VLConfig:
     )
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Return the operations a second that a GPU can reach in bf16, None where it is not known."""
-    if device.type != "cuda":
-        return None
-    return peak_flops_of(torch.cuda.get_device_name(device))
-
-
 def peak_flops_of(name: str) -> float | None:
-    """Return it for a name as NVIDIA's driver gives it, such as "NVIDIA H100 80GB HBM3"."""
+    """Return the operations a second that a GPU reaches in bf16, None where that is not known.
+
+    `name` as NVIDIA's driver gives it, such as "NVIDIA H100 80GB HBM3".
+    """
     words = set(re.split(r"[\s-]", name))
     known = [key for key in PEAK_FLOPS if words.issuperset(key.split())]
     return PEAK_FLOPS[max(known, key=len)] if known else None
@@ -138,7 +135,8 @@ class Throughput:
     def __init__(self, model, data: PlannedData, config: Config, device: torch.device):
         self.count_flops, self.device = FlopCounter(model, data.index, config), device
         self.plan, self.num_dummy_tokens = data.plan, config.max_tokens - data.plan.capacity
-        self.peak = peak_flops(device)
+        is_gpu = device.type == "cuda"
+        self.peak = peak_flops_of(torch.cuda.get_device_name(device)) if is_gpu else None
 
     def __call__(self, step: Step, seconds: float, seconds_waited: float) -> dict:
         flops, num_gpus = self.count_flops(step.samples) / seconds, self.plan.world_size
@@ -168,16 +166,15 @@ def rank_metrics(plan: Plan, step: Step, num_dummy_tokens: int) -> dict:
     They follow from the plan: nothing is asked of the other ranks.
     """
     index = plan.index
-    counts = {"text": [], "image": [], "video": []}
-    dummy_shares = []
-    for micro_batches in step.micro_batches:
-        samples = [i for micro_batch in micro_batches for i in micro_batch]
-        total = int(index.num_tokens[samples].sum())
-        image = int(index.num_image_tokens[samples].sum())
-        video = int(index.num_video_tokens[samples].sum())
-        for kind, count in (("text", total - image - video), ("image", image), ("video", video)):
-            counts[kind].append(count)
-        dummy = num_dummy_tokens * len(micro_batches)
-        dummy_shares.append(round(dummy / (total + dummy), 4))
-    metrics = {f"num_{kind}_tokens_by_rank": count for kind, count in counts.items()}
-    return metrics | {"dummy_share_by_rank": dummy_shares}
+    ranks = [[*chain(*micro_batches)] for micro_batches in step.micro_batches]  # samples of each
+    totals, images, videos = (
+        [int(counts[samples].sum()) for samples in ranks]
+        for counts in (index.num_tokens, index.num_image_tokens, index.num_video_tokens)
+    )
+    dummies = [num_dummy_tokens * len(micro_batches) for micro_batches in step.micro_batches]
+    return {
+        "num_text_tokens_by_rank": [t - i - v for t, i, v in zip(totals, images, videos)],
+        "num_image_tokens_by_rank": images,
+        "num_video_tokens_by_rank": videos,
+        "dummy_share_by_rank": [round(d / (t + d), 4) for t, d in zip(totals, dummies)],
+    }

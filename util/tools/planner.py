@@ -3,8 +3,8 @@
 Nothing here needs weights or a GPU: a step runs on tensors that have shapes and no memory.
 """
 
-import dataclasses
 import weakref
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import psutil
@@ -37,7 +37,7 @@ SAVERS = (
 GIB = 2**30
 
 
-@dataclasses.dataclass
+@dataclass
 class StateBytes:
     """Bytes that stand on the device from the first step to the last."""
 
@@ -79,11 +79,11 @@ def check_fits(folder: str, config: Config, device: torch.device) -> None:
     needed = count_states(model_config, config).total / num_shards
     if needed <= free:
         return
-    fitting = [
-        f"  {flags_text(changes)}: {total / GIB:.1f} GiB"
-        for changes in _savers(config)
-        if (total := count_states(model_config, changed(config, changes)).total / num_shards) < free
-    ]
+    totals = {
+        flags: count_states(model_config, candidate).total / num_shards
+        for flags, candidate in _savers(config).items()
+    }
+    fitting = [f"  {flags}: {t / GIB:.1f} GiB" for flags, t in totals.items() if t < free]
     raise UserError(
         f"weights, gradients and optimizer state take {needed / GIB:.1f} GiB, and {device} has "
         f"{free / GIB:.1f} GiB free. "
@@ -93,28 +93,16 @@ def check_fits(folder: str, config: Config, device: torch.device) -> None:
     )  # fmt: skip
 
 
-def changed(config: Config, changes: dict) -> Config:
-    """Return `config` with `changes`."""
-    return dataclasses.replace(config, **changes)
-
-
-def _savers(config: Config) -> list[dict]:
-    """Return the entries of SAVERS that change something; an adapter keeps its rank."""
-    savers = []
+def _savers(config: Config) -> dict[str, Config]:
+    """Return, by their flags, what SAVERS make of `config`; an adapter keeps its rank."""
+    savers = {}
     for changes in SAVERS:
         if config.lora_rank:
             changes = {name: value for name, value in changes.items() if name != "lora_rank"}
-        if changes not in savers and changed(config, changes) != config:
-            savers.append(changes)
-    return savers
-
-
-def flags_text(changes: dict) -> str:
-    """Return changes as flags on a command line."""
-    return " ".join(
-        f"--{name} {' '.join(value) if isinstance(value, list) else value}"
-        for name, value in changes.items()
-    )
+        values = {k: " ".join(v) if isinstance(v, list) else v for k, v in changes.items()}
+        flags = " ".join(f"--{name} {value}" for name, value in values.items())
+        savers[flags] = replace(config, **changes)
+    return {flags: saver for flags, saver in savers.items() if saver != config}
 
 
 # ---------------------------------------------------------------- one step, without memory
@@ -228,7 +216,7 @@ def _fake_model(model_config, config: Config, mode: FakeTensorMode):
             model_config, dtype=torch.float32, attn_implementation="packed_sdpa"
         ).train()
     # What has no memory cannot be compiled; that it takes less is left aside.
-    prepare_for_training(model, changed(config, {"compile": False}))
+    prepare_for_training(model, replace(config, compile=False))
     with mode:
         model.to_empty(device="cpu")
     model.tie_weights()  # to_empty gives each name a tensor of its own
@@ -323,12 +311,11 @@ def fitting_flags(
     model_config, processor, config: Config, data: PlannedData, shard_size: int, limit_gib: float
 ) -> tuple[str, float] | None:
     """Return the first flags of SAVERS with which a step fits into `limit_gib`, and its peak."""
-    for changes in _savers(config):
-        candidate = changed(config, changes)
+    for flags, candidate in _savers(config).items():
         if candidate.precision == "bf16_4bit" and not has_bitsandbytes():
             continue  # its step cannot be run
         if count_states(model_config, candidate).total / shard_size < limit_gib * GIB:
             needed = plan_memory(model_config, processor, candidate, data, shard_size)
             if needed["peak_gib"] <= limit_gib:
-                return flags_text(changes), needed["peak_gib"]
+                return flags, needed["peak_gib"]
     return None
