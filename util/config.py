@@ -147,8 +147,7 @@ class Config:
     # -- memory and machine: these never change the mathematics
     max_tokens: int = HfArg(default=4096, help="most tokens in one forward pass on one GPU")
     gradient_checkpointing: Literal["none", "llm", "vision", "all"] = HfArg(
-        default="none",
-        help="layers that compute their activations twice instead of keeping them",
+        default="none", help="layers that compute their activations twice instead of keeping them"
     )
     compile: bool = HfArg(
         default=False,
@@ -165,16 +164,14 @@ class Config:
         default=500, help="steps between checkpoints; the last step is saved in any case"
     )
     keep_checkpoints: int = HfArg(
-        default=2,
-        help="newest checkpoints kept, and, of those that were evaluated, the best one",
+        default=2, help="newest checkpoints kept, and, of those that were evaluated, the best one"
     )
     eval_steps: int = HfArg(default=100, help="steps between evaluations on --eval_data")
     eval_generate: int = HfArg(
         default=0, help="held-out samples that are also answered and scored at every evaluation"
     )
     metric: str | None = HfArg(
-        default=None,
-        help="FILE.py:FUNCTION, your own score of those: function(answer, reference)",
+        default=None, help="FILE.py:FUNCTION, your own score of those: function(answer, reference)"
     )
     num_workers: int = HfArg(default=2, help="processes that read and decode the data")
     shard_size: int | None = HfArg(

@@ -16,12 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from util.config import Config
 from util.model.attention import PACKED, hand_over_whole_rows
-from util.model.families import (
-    adds_features_in_layers,
-    keep_samples_apart,
-    layers_of,
-    part_of,
-)
+from util.model.families import adds_features_in_layers, keep_samples_apart, layers_of, part_of
 from util.model.four_bit import FourBitLinear, quantize_base
 from util.model.tiny import cached_tiny_model
 

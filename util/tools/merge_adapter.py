@@ -15,13 +15,7 @@ import transformers
 from peft import PeftModel
 
 from util.config import UserError
-from util.model.load import (
-    ADAPTER_FILE,
-    base_folder,
-    check_adapter,
-    export_model,
-    stands_on_4_bits,
-)
+from util.model.load import ADAPTER_FILE, base_folder, check_adapter, export_model, stands_on_4_bits
 from util.run import run_main
 
 
