@@ -35,7 +35,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from util.config import Config, UserError
 from util.data.batch import PlannedData
-from util.logutil import log_left_out, plot_loss, setup_logging, versions
+from util.logutil import setup_logging, tell_the_end, versions
 from util.model.load import export_model
 from util.optim import moment_bytes
 from util.output_dir import open_output_dir
@@ -147,7 +147,7 @@ def finish_run(model, processor, config: Config, started: float, lost=()) -> Non
             "newest checkpoint in that folder is a model folder too"
             + "".join(f". Lost as well: {what}" for what in lost)
         ) from error
-    on_main_process(_tell_the_end, output_dir)
+    on_main_process(tell_the_end, output_dir)
     if lost:
         raise UserError(
             f"{output_dir}: the model is there, but the disk has refused {' and '.join(lost)}: lost"
@@ -157,14 +157,6 @@ def finish_run(model, processor, config: Config, started: float, lost=()) -> Non
         f"done       in {time.perf_counter() - started:.0f} s. Compare: "
         f"python test_on_trained_model_by_us.py --model_dir {output_dir}"
     )
-
-
-def _tell_the_end(output_dir: Path) -> None:
-    log_left_out(output_dir / "metrics.jsonl")
-    try:
-        plot_loss(output_dir / "metrics.jsonl", output_dir / "loss.png")
-    except Exception as error:  # the model is written: a picture less is no failure
-        logger.warning(f"{output_dir / 'loss.png'} could not be drawn: {error!r:.300}")
 
 
 def _export(model, processor, folder: Path) -> None:

@@ -31,17 +31,12 @@ LAST_CHANCE_SECONDS = 30
 REPORT_FAILS = "--report_to fails, and is left out from here on: {0!r:.300}"
 
 
-class _Formatter(logging.Formatter):
-    def format(self, record):
-        return make_visible(super().format(record))
-
-
 class _TqdmHandler(logging.Handler):
     """Prints above a progress bar instead of through it."""
 
     def emit(self, record):
         if not hasattr(record, "is_printed"):
-            tqdm.write(self.format(record), file=sys.stderr)
+            tqdm.write(make_visible(self.format(record)), file=sys.stderr)
 
 
 class _LogFile(logging.Handler):
@@ -55,20 +50,16 @@ class _LogFile(logging.Handler):
         with suppress(OSError):
             check_claim(self.path.parent)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(self.format(record) + "\n")
+                file.write(make_visible(self.format(record)) + "\n")
 
 
 def setup_logging(output_dir: Path) -> None:
     """Log to the terminal and to `output_dir`/train.log; ranks but the first: only their end."""
     logger.setLevel(logging.INFO if is_main_process() else logging.CRITICAL)
     logger.propagate = False
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-    terminal, file = _TqdmHandler(), _LogFile(output_dir / "train.log")
-    terminal.setFormatter(_Formatter("%(message)s"))
-    file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(terminal)
-    logger.addHandler(file)
+    file = _LogFile(output_dir / "train.log")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.handlers = [_TqdmHandler(), file]
 
 
 class RunLog:
@@ -281,15 +272,16 @@ def _open_reporter(config: Config, output_dir: Path) -> Callable[[dict], None]:
     return lambda metrics: package.log(metrics, step=metrics["global_step"])
 
 
-def log_left_out(metrics_file: Path) -> None:
-    """Say how many samples a run was without, also before a resume, where there are any.
+def tell_the_end(output_dir: Path) -> None:
+    """Say how many samples a run was without, where there are any, and draw its losses.
 
-    Those that were known before the first step stand at step 0 of the metrics, those that only
-    decoding found at the steps that they belonged to.
+    Also before a resume. Those that were known before the first step stand at step 0 of the
+    metrics, those that only decoding found at the steps that they belonged to.
     """
-    if not metrics_file.is_file():
+    file = output_dir / "metrics.jsonl"
+    if not file.is_file():
         return  # lost, which is told
-    rows = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     counts = [(row["global_step"], row.get("num_bad_samples", 0)) for row in rows]
     before = sum(count for step, count in counts if step == 0)
     undecodable = sum(count for step, count in counts if step > 0)
@@ -298,20 +290,21 @@ def log_left_out(metrics_file: Path) -> None:
             f"left out   altogether: {before:,} samples before the first step, and "
             f"{undecodable:,} in the steps, where they could not be decoded"
         )
+    try:
+        plot_loss(rows, output_dir / "loss.png")
+    except Exception as error:  # the model is written: a picture less is no failure
+        logger.warning(f"{output_dir / 'loss.png'} could not be drawn: {error!r:.300}")
 
 
-def plot_loss(metrics_file: Path, output_file: Path) -> None:
-    """Draw the loss over the steps of a metrics.jsonl, and its running mean, as a PNG."""
+def plot_loss(rows: list[dict], output_file: Path) -> None:
+    """Draw the losses in the rows of a metrics.jsonl over the steps, and a running mean."""
     # Imported here: it takes a second, and only the end of a run needs it.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
     trained = [row for row in rows if row.get("loss") is not None]
     steps, losses = [row["global_step"] for row in trained], [row["loss"] for row in trained]
     evaluated = [row for row in rows if row.get("eval_loss") is not None]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="#9db7d5", linewidth=1, label="each step")
     window = max(1, len(losses) // 20)
