@@ -48,7 +48,7 @@ class MicroBatch:
 
     def pin_memory(self) -> "MicroBatch":
         """Return a copy in page-locked memory; the DataLoader calls it."""
-        return self._map(lambda tensor: torch.as_tensor(tensor).pin_memory())
+        return self.map(lambda tensor: torch.as_tensor(tensor).pin_memory())
 
     def to_share(self) -> "MicroBatch":
         """Return a copy that another process can take over.
@@ -63,13 +63,10 @@ class MicroBatch:
             except RuntimeError:
                 return tensor.numpy()
 
-        return self._map(share)
+        return self.map(share)
 
-    def received(self) -> "MicroBatch":
-        """Return what to_share has made of a micro-batch with tensors alone."""
-        return self._map(torch.as_tensor)
-
-    def _map(self, function) -> "MicroBatch":
+    def map(self, function) -> "MicroBatch":
+        """Return a copy with `function` applied to each tensor."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.type is torch.Tensor}
         mapped = {name: function(tensor) for name, tensor in tensors.items()}
         vision_inputs = {name: function(tensor) for name, tensor in self.vision_inputs.items()}
@@ -216,7 +213,7 @@ def load_micro_batches(
         num_read = 0
         try:
             for micro_batch in read_in_time(loader, batches(), data.samples.records):
-                yield micro_batch.received()
+                yield micro_batch.map(torch.as_tensor)  # of what to_share has made arrays
                 num_read += 1
         except UserError as error:
             # Told as a sample that cannot be read is, so that all ranks save the steps done.

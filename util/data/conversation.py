@@ -227,9 +227,7 @@ def _check_media(where: str, item: dict) -> None:
 
 def text_of(message: dict) -> str:
     """Return all text of a message."""
-    if isinstance(message["content"], str):
-        return message["content"]
-    return "".join(item["text"] for item in message["content"] if item["type"] == "text")
+    return "".join(owner[key] for owner, key in text_holders([message]))
 
 
 def text_holders(messages: list[dict]) -> Iterator[tuple[dict, str]]:

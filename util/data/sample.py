@@ -4,6 +4,7 @@ Everything that is wrong raises ValueError, naming the message and the file in i
 """
 
 import hashlib
+import math
 import operator
 import os
 import re
@@ -25,7 +26,6 @@ from util.vision_util import MediaShape, PixelPolicy, image_sizes, load_media, p
 IGNORE = -100  # label of a token that is not trained
 # Others that stand between <| and |>, such as those of boxes or a user's own, are text.
 CONTROL_TOKEN = re.compile(r"<\|(im_(start|end)|vision_(start|end)|[a-z]+_pad|endoftext)\|>")
-
 
 RENDER_SECONDS = 30  # it takes milliseconds
 
@@ -50,7 +50,7 @@ class Sample:
 
     def media(self) -> Iterator[tuple[str, tuple[int, int, int], torch.Tensor]]:
         """Yield (media type, grid, patches) of each picture and clip."""
-        sizes = [t * h * w for t, h, w in self.grids]
+        sizes = [math.prod(grid) for grid in self.grids]
         return zip(self.media_types, self.grids, self.patches.split(sizes))
 
 
@@ -84,10 +84,9 @@ class SampleEncoder:
 
     def digest(self) -> str:
         """Return a hash of everything beside the data that samples depend on."""
-        settings = (self.chat_template, self.policy, self.supervise, type(self.processor).__name__)
-        settings += (self.model_type,)
-        tokenizer = self.tokenizer.backend_tokenizer.to_str()
-        return hashlib.sha256(f"{tokenizer} {settings!r}".encode()).hexdigest()
+        settings = (self.chat_template, self.policy, self.supervise, self.model_type)
+        names = type(self.processor).__name__, self.tokenizer.backend_tokenizer.to_str()
+        return hashlib.sha256(repr((settings, names)).encode()).hexdigest()
 
     @property
     def num_dummy_tokens(self) -> int:
@@ -326,16 +325,10 @@ class SampleEncoder:
         """
         grid = self.policy.dummy_grid
         input_ids = torch.full((self.num_dummy_tokens,), self.image_token_id)
-        patches = torch.zeros((grid[0] * grid[1] * grid[2], self.policy.patch_dim))
-        return Sample(
-            input_ids,
-            torch.full_like(input_ids, IGNORE),
-            self.positions(input_ids, [grid], ["image"], []),
-            patches.to(torch.uint8),
-            [grid],
-            ["image"],
-            [],
-        )
+        labels = torch.full_like(input_ids, IGNORE)
+        position_ids = self.positions(input_ids, [grid], ["image"], [])
+        patches = torch.zeros((math.prod(grid), self.policy.patch_dim), dtype=torch.uint8)
+        return Sample(input_ids, labels, position_ids, patches, [grid], ["image"], [])
 
     def _at_media(self, function, i: int, item: dict):
         try:

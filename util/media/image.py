@@ -24,7 +24,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 PNG_EXIF_KEYS = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
 
 # Tags of TIFF, and a value of the last. Source: TIFF 6.0.
-BITS_PER_SAMPLE, SAMPLE_FORMAT, PHOTOMETRIC, WHITE_IS_ZERO = 258, 339, 262, 0
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 
 
 class Remark(enum.IntFlag):
