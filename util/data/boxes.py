@@ -46,7 +46,8 @@ def place_boxes(messages: list[dict], objects, sizes: Callable, write: Callable)
     tags = "".join(tag for owner, key in holders for tag in PLACE.findall(owner[key]))
     if not tags and is_empty(objects):
         return
-    names, boxes = _read_names(objects), _read_boxes(objects, sizes)
+    objects = _check(objects)
+    names, boxes = objects.get("ref", []), _read_boxes(objects, sizes)
     for tag, values in (("ref-object", names), ("bbox", boxes)):
         if (count := tags.count(f"<{tag}>")) != len(values):
             raise ValueError(
@@ -63,30 +64,28 @@ def place_boxes(messages: list[dict], objects, sizes: Callable, write: Callable)
         owner[key] = PLACE.sub(replace, owner[key])
 
 
-def _list(objects, key: str) -> list:
-    if not is_empty(objects) and not isinstance(objects, dict):
+def _check(objects) -> dict:
+    """Return what is not empty of `objects`, with keys and names as they must be."""
+    if is_empty(objects):
+        return {}
+    if not isinstance(objects, dict):
         raise ValueError(f'"objects" must be an object with {", ".join(KEYS)}')
-    for other in objects or ():
-        if other not in KEYS and not is_empty(objects[other]):
-            raise ValueError(f'"objects" has a key {other!r}: it takes {", ".join(KEYS)}')
-    values = (objects or {}).get(key)
-    if not isinstance(values, list | None):
-        raise ValueError(f'"objects": "{key}" must be a list')
-    return values or []
-
-
-def _read_names(objects) -> list[str]:
-    names = _list(objects, "ref")
-    for name in names:
+    objects = {key: value for key, value in objects.items() if not is_empty(value)}
+    for key, value in objects.items():
+        if key not in KEYS:
+            raise ValueError(f'"objects" has a key {key!r}: it takes {", ".join(KEYS)}')
+        if key != "bbox_type" and not isinstance(value, list):
+            raise ValueError(f'"objects": "{key}" must be a list')
+    for name in objects.get("ref", []):
         if not isinstance(name, str) or PLACE.search(name):
             raise ValueError(f'"objects": {name!r:.80}: a name must be text without tags')
-    return names
+    return objects
 
 
-def _read_boxes(objects, sizes: Callable) -> list[Box]:
+def _read_boxes(objects: dict, sizes: Callable) -> list[Box]:
     """Return the boxes of `objects`, checked against the pictures that they lie in."""
-    values, numbers = _list(objects, "bbox"), _list(objects, "image_id")
-    unit = (objects or {}).get("bbox_type") or "real"
+    values, numbers = objects.get("bbox", []), objects.get("image_id", [])
+    unit = objects.get("bbox_type", "real")
     if not isinstance(unit, str) or unit not in UNITS:
         raise ValueError(f'"objects": bbox_type {unit!r}: must be one of {", ".join(UNITS)}')
     if numbers and len(numbers) != len(values):
