@@ -108,7 +108,7 @@ def choose_stream(streams: Sequence) -> av.VideoStream:
     return max(large, key=lambda s: (bool(s.disposition & DEFAULT_STREAM), s.width * s.height))
 
 
-class VideoReader:
+class VideoReader(contextlib.AbstractContextManager):
     """Gives the frames of a video at indices or times.
 
     `len(reader)` is the number of frames, `reader.seconds` (num_frames,) float64 when each is
@@ -136,9 +136,6 @@ class VideoReader:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.close()
@@ -184,10 +181,8 @@ class VideoReader:
 
     def _check_bytes(self) -> None:
         """Raise ValueError where the bytes of the file say it was cut off."""
-        with contextlib.ExitStack() as stack:
-            file = self._source
-            if isinstance(file, str):
-                file = stack.enter_context(open(file, "rb"))
+        source, is_open = self._source, isinstance(self._source, BytesIO)
+        with contextlib.nullcontext(source) if is_open else open(source, "rb") as file:
             file.seek(0)
             self._start = start = file.read(256)
             length = file.seek(0, os.SEEK_END)
