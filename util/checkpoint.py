@@ -23,14 +23,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.fsdp import FSDPModule
 
 from util.config import Config, UserError
@@ -56,7 +50,7 @@ MACHINE_SETTINGS = {
     "on_bad_sample",  # the data's digest tells which samples are left out
 }
 # Only what is trained; the rest is in the model that the run began with.
-OPTIONS = StateDictOptions(
+OPTIONS = states.StateDictOptions(
     flatten_optimizer_state_dict=True, ignore_frozen_params=True, strict=False
 )
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
@@ -188,9 +182,9 @@ def _state_dict(model, optimizer, has_moments: bool) -> dict:
     were skipped: torch would make it up, by a step of its own.
     """
     _reshard(model)
-    tensors = {"model": get_model_state_dict(model, options=OPTIONS)}
+    tensors = {"model": states.get_model_state_dict(model, options=OPTIONS)}
     if has_moments:
-        tensors["optimizer"] = get_optimizer_state_dict(model, optimizer, options=OPTIONS)
+        tensors["optimizer"] = states.get_optimizer_state_dict(model, optimizer, options=OPTIONS)
     return tensors
 
 
@@ -363,8 +357,8 @@ def find_checkpoint(config: Config) -> Path | None:
         return folder
     output_dir = config.output_dir
     if not output_dir:
-        states = Path("train_output").glob(f"*/checkpoint-*/{STATE_FILE}")
-        newest = max(states, key=lambda path: path.stat().st_mtime, default=None)
+        found = Path("train_output").glob(f"*/checkpoint-*/{STATE_FILE}")
+        newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
         if newest is None:
             raise UserError("--resume_from latest: no run under train_output has a checkpoint")
         output_dir = newest.parents[2]
@@ -527,23 +521,23 @@ def load_checkpoint(folder: Path, model, optimizer) -> tuple[int, float | None]:
     except CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
         raise UserError(f"{folder}: cannot be loaded: {reason!r:.300}") from None
-    set_model_state_dict(model, tensors["model"], options=OPTIONS)
+    states.set_model_state_dict(model, tensors["model"], options=OPTIONS)
     if "optimizer" in tensors:
-        set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=OPTIONS)
+        states.set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=OPTIONS)
     state = _read_state(folder)
     _restore_random_states(state["random_states"])
     return state["global_step"], state["eval_loss"]
 
 
 def _random_states() -> dict[str, str]:
-    states = {"cpu": torch.get_rng_state()}
+    random_states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return {device: bytes(state.tolist()).hex() for device, state in states.items()}
+        random_states["cuda"] = torch.cuda.get_rng_state()
+    return {device: bytes(state.tolist()).hex() for device, state in random_states.items()}
 
 
-def _restore_random_states(states: dict[str, str]) -> None:
-    for device, text in states.items():
+def _restore_random_states(random_states: dict[str, str]) -> None:
+    for device, text in random_states.items():
         state = torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
         if device == "cpu":
             torch.set_rng_state(state)

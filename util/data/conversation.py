@@ -6,13 +6,7 @@ What is wrong raises ValueError naming the message.
 import re
 from collections.abc import Iterator
 
-from util.data.keys import (
-    REFUSED_IN_MESSAGES,
-    REFUSED_IN_RECORDS,
-    is_empty,
-    is_trained,
-    refuse_keys,
-)
+from util.data import keys
 from util.media.source import check_media_item
 
 ROLES = ("system", "user", "assistant")
@@ -66,23 +60,23 @@ def parse_conversation(record) -> list[dict]:
     Raises ValueError naming the message where a record is anything else.
     """
     record = record if isinstance(record, dict) else {}
-    keys = [key for key in FORMATS if record.get(key) is not None]
-    if len(keys) > 1:
-        raise ValueError(f"both {_names(keys, 'and')}: use one of them")
-    if not keys:
+    given = [key for key in FORMATS if record.get(key) is not None]
+    if len(given) > 1:
+        raise ValueError(f"both {_names(given, 'and')}: use one of them")
+    if not given:
         raise ValueError(f"must be an object with a list {_names(FORMATS, 'or')}")
-    refuse_keys(record, REFUSED_IN_RECORDS)
-    messages = FORMATS[keys[0]](record)
+    keys.refuse_keys(record, keys.REFUSED_IN_RECORDS)
+    messages = FORMATS[given[0]](record)
     messages = [_parse_message(i, message) for i, message in enumerate(messages)]
-    if not is_empty(system := record.get("system")):
+    if not keys.is_empty(system := record.get("system")):
         if not isinstance(system, str) or messages[0]["role"] == "system":
             raise ValueError('"system" must be a string, and the only system message')
         messages.insert(0, {"role": "system", "content": system})
     return _place_media(messages, record)
 
 
-def _names(keys, word: str) -> str:
-    return f" {word} ".join(f'"{key}"' for key in keys)
+def _names(names, word: str) -> str:
+    return f" {word} ".join(f'"{name}"' for name in names)
 
 
 def _place_media(messages: list[dict], record: dict) -> list[dict]:
@@ -169,7 +163,7 @@ def _parse_message(i: int, message) -> dict:
                 f'message {i}: has a key "{kind}": {kind}s are items of the content, or stand in '
                 "the record's own list"
             )
-    refuse_keys(message, REFUSED_IN_MESSAGES, f"message {i}: ")
+    keys.refuse_keys(message, keys.REFUSED_IN_MESSAGES, f"message {i}: ")
     if isinstance(content, list):
         content = [
             _parse_item(f"message {i}, item {k}", item, may_be_empty=True)
@@ -178,11 +172,11 @@ def _parse_message(i: int, message) -> dict:
     elif not isinstance(content, str):
         raise ValueError(f"message {i}: content must be a string or a list")
     parsed = {"role": role, "content": content}
-    if not is_empty(reasoning := message.get("reasoning_content")):
+    if not keys.is_empty(reasoning := message.get("reasoning_content")):
         if role != "assistant" or not isinstance(reasoning, str):
             raise ValueError(f'message {i}: "reasoning_content" must be a string, of an answer')
         parsed["reasoning_content"] = reasoning
-    if role == "assistant" and not is_trained(message, f"message {i}"):
+    if role == "assistant" and not keys.is_trained(message, f"message {i}"):
         return parsed | {"loss": False}
     if role != "assistant" and (message.get("loss") or message.get("weight")):
         raise ValueError(f"message {i}: only answers are trained: --supervise all trains all text")

@@ -10,13 +10,8 @@ import re
 
 import torch
 import transformers
+from transformers import vision_utils
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
-from transformers.vision_utils import (
-    get_vision_cu_seqlens,
-    get_vision_interpolation_indices_and_weights,
-    get_vision_position_ids,
-    get_vision_window_index,
-)
 
 from util.data.boxes import Box
 from util.model.attention import segment_lengths
@@ -186,16 +181,16 @@ def vision_inputs(grids: torch.Tensor, vision_tower) -> dict[str, torch.Tensor]:
     """
     merge_size = vision_tower.spatial_merge_size
     inputs = {
-        "position_ids": get_vision_position_ids(grids, merge_size),
-        "cu_seqlens": get_vision_cu_seqlens(grids),
+        "position_ids": vision_utils.get_vision_position_ids(grids, merge_size),
+        "cu_seqlens": vision_utils.get_vision_cu_seqlens(grids),
     }
     if hasattr(vision_tower, "window_size"):
-        inputs["window_index"], inputs["cu_window_seqlens"] = get_vision_window_index(
+        inputs["window_index"], inputs["cu_window_seqlens"] = vision_utils.get_vision_window_index(
             grids, merge_size, vision_tower.window_size, vision_tower.patch_size
         )
     if hasattr(vision_tower, "num_grid_per_side"):
         inputs["interp_indices"], inputs["interp_weights"] = (
-            get_vision_interpolation_indices_and_weights(
+            vision_utils.get_vision_interpolation_indices_and_weights(
                 grids,
                 vision_tower.num_grid_per_side,
                 vision_tower.interpolation_mode,
