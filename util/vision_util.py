@@ -30,9 +30,6 @@ MAX_IMAGE_TOKENS = 16384
 MAX_ASPECT_RATIO = 200
 
 
-# ---------------------------------------------------------------- the pixel policy
-
-
 def smart_resize(
     height: int, width: int, factor: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
@@ -56,9 +53,7 @@ def smart_resize(
 class PixelPolicy:
     """Decides the size of every picture and the frames of every clip.
 
-    Limits are in pixels after resizing; an item's own keys go before them. `patch_size` is the
-    side of a patch in pixels, `merge_size` the side of a token in patches, `temporal_patch_size`
-    its depth in frames. `allow_remote_media`: whether http(s) URLs are fetched.
+    Limits are in pixels after resizing; an item's own keys go before them.
     """
 
     min_pixels: int
@@ -66,10 +61,10 @@ class PixelPolicy:
     video_fps: float
     video_max_frames: int
     video_max_pixels: int
-    patch_size: int
-    merge_size: int
-    temporal_patch_size: int
-    allow_remote_media: bool = False
+    patch_size: int  # side of a patch in pixels
+    merge_size: int  # side of a token in patches
+    temporal_patch_size: int  # its depth in frames
+    allow_remote_media: bool = False  # whether http(s) URLs are fetched
 
     @property
     def factor(self) -> int:
@@ -177,20 +172,13 @@ class PixelPolicy:
         return 3 * self.temporal_patch_size * self.patch_size**2
 
 
-# ---------------------------------------------------------------- what training calls
-
-
 @dataclass(frozen=True)
 class MediaShape:
-    """What the model is told of a picture or clip beside its pixels.
+    """What the model is told of a picture or clip beside its pixels."""
 
-    `grid`: its (t, h, w) in patches; `metadata`: of a clip, when its frames are shown, in the form
-    that processors of transformers take; `remarks`: what is odd about it, where it was looked for.
-    """
-
-    grid: tuple[int, int, int]
-    metadata: VideoMetadata | None = None
-    remarks: Remark = Remark.NONE
+    grid: tuple[int, int, int]  # (t, h, w) in patches
+    metadata: VideoMetadata | None = None  # of a clip: when its frames are shown
+    remarks: Remark = Remark.NONE  # what is odd about it, where it was looked for
 
 
 def image_sizes(item: dict, policy: PixelPolicy) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -20,31 +20,21 @@ from util.data.sample import IGNORE, Sample, SampleEncoder
 from util.data.workers import read_in_time, worker_settings
 from util.run import on_main_process, rank, world_size
 
-# ---------------------------------------------------------------- micro-batches
-
 
 @dataclass
 class MicroBatch:
-    """Several samples and the dummy segment in one row of T tokens, without padding.
+    """Several samples and the dummy segment in one row of T tokens, without padding."""
 
-    input_ids (1, T) int64, videos under the image placeholder; position_ids (3, 1, T) int64,
-    M-RoPE; media_positions (M,) int64: where image placeholders are; patches (num_patches,
-    patch_dim) uint8; vision_inputs: see util/model/families.py;
-    supervised_positions (K,) int64: where logits are needed; targets (K,) int64: the tokens that
-    follow there; cu_seqlens int32: where segments begin and end. image_grid_thw (num_media, 3)
-    int64 stays on the CPU, as the model reads it there. problems: messages of samples left out.
-    """
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    media_positions: torch.Tensor
-    patches: torch.Tensor
-    image_grid_thw: torch.Tensor
-    vision_inputs: dict[str, torch.Tensor]
-    supervised_positions: torch.Tensor
-    targets: torch.Tensor
-    cu_seqlens: torch.Tensor
-    problems: list[str] = field(default_factory=list)
+    input_ids: torch.Tensor  # (1, T) int64, videos under the image placeholder
+    position_ids: torch.Tensor  # (3, 1, T) int64, M-RoPE
+    media_positions: torch.Tensor  # (M,) int64: where image placeholders are
+    patches: torch.Tensor  # (num_patches, patch_dim) uint8
+    image_grid_thw: torch.Tensor  # (num_media, 3) int64, stays on the CPU, where the model reads it
+    vision_inputs: dict[str, torch.Tensor]  # see util/model/families.py
+    supervised_positions: torch.Tensor  # (K,) int64: where logits are needed
+    targets: torch.Tensor  # (K,) int64: the tokens that follow there
+    cu_seqlens: torch.Tensor  # int32: where segments begin and end
+    problems: list[str] = field(default_factory=list)  # messages of samples left out
 
     def pin_memory(self) -> "MicroBatch":
         """Return a copy in page-locked memory; the DataLoader calls it."""
@@ -95,9 +85,6 @@ def pack(samples: list[Sample], encoder: SampleEncoder) -> MicroBatch:
         targets=labels[supervised_positions + 1],
         cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
     )
-
-
-# ---------------------------------------------------------------- the loader
 
 
 class FatalProblem(str):

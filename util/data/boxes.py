@@ -26,14 +26,11 @@ MARGIN = 0.01
 
 @dataclass
 class Box:
-    """A box or point; the (height, width) it counts in, and that to which its picture is resized.
-
-    Both as `util.model.families.convert_box` takes them.
-    """
+    """A box or point, as `util.model.families.convert_box` takes it."""
 
     values: list[float]
-    size: tuple[int, int]
-    resized: tuple[int, int]
+    size: tuple[int, int]  # (height, width) that it counts in
+    resized: tuple[int, int]  # that to which its picture is resized
 
 
 def place_boxes(messages: list[dict], objects, sizes: Callable, write: Callable) -> None:

@@ -22,18 +22,14 @@ CACHE_DIR = REPO_DIR / ".cache"
 
 @dataclass
 class Index:
-    """What is known of every sample before the first step: int64 arrays, one entry a sample.
-
-    num_patch_pairs: of patches that attend to each other in the vision tower. remarks: what is odd
-    about the media, a Remark.
-    """
+    """What is known of every sample before the first step: int64 arrays, one entry a sample."""
 
     num_tokens: np.ndarray
     num_supervised_tokens: np.ndarray
     num_image_tokens: np.ndarray
     num_video_tokens: np.ndarray
-    num_patch_pairs: np.ndarray
-    remarks: np.ndarray
+    num_patch_pairs: np.ndarray  # of patches that attend to each other in the vision tower
+    remarks: np.ndarray  # what is odd about the media, a Remark
 
     def __len__(self):
         return len(self.num_tokens)

@@ -32,21 +32,15 @@ RENDER_SECONDS = 30  # it takes milliseconds
 
 @dataclass
 class Sample:
-    """One conversation, ready to be packed. All tensors are on the CPU.
+    """One conversation, ready to be packed. All tensors are on the CPU."""
 
-    input_ids (T,) int64; labels (T,) int64, unshifted, -100 where not trained; position_ids
-    (3, T) int64, M-RoPE; patches (num_patches, patch_dim) uint8; grids and media_types: one
-    (t, h, w) and one "image" or "video" for each picture or clip, in order; second_per_grid_ts:
-    for each clip the seconds from one of its t frames to the next.
-    """
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    position_ids: torch.Tensor
-    patches: torch.Tensor
-    grids: list[tuple[int, int, int]]
-    media_types: list[str]
-    second_per_grid_ts: list[float]
+    input_ids: torch.Tensor  # (T,) int64
+    labels: torch.Tensor  # (T,) int64, unshifted, -100 where not trained
+    position_ids: torch.Tensor  # (3, T) int64, M-RoPE
+    patches: torch.Tensor  # (num_patches, patch_dim) uint8
+    grids: list[tuple[int, int, int]]  # (t, h, w) of each picture or clip, in order
+    media_types: list[str]  # "image" or "video", of each
+    second_per_grid_ts: list[float]  # of each clip, from one of its t frames to the next
 
     def media(self) -> Iterator[tuple[str, tuple[int, int, int], torch.Tensor]]:
         """Yield (media type, grid, patches) of each picture and clip."""

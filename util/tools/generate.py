@@ -41,15 +41,12 @@ logger = logging.getLogger("finetune")
 
 @dataclass
 class Prompt:
-    """A conversation up to the user's last turn, and the answer that one hopes for, if known.
-
-    thinking: the answer is to begin with reasoning, as the one hoped for does.
-    """
+    """A conversation up to the user's last turn, and the answer that one hopes for, if known."""
 
     id: str
     messages: list[dict]
     reference: str | None
-    thinking: bool = False
+    thinking: bool = False  # whether the answer is to begin with reasoning, as the reference does
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
