@@ -267,10 +267,7 @@ class SampleEncoder:
     def encode_prompt(
         self, messages: list[dict], folder: Path = Path(), thinking: bool = False
     ) -> Sample:
-        """Return the sample of `messages` up to and with the generation header, without labels.
-
-        thinking: see `render`.
-        """
+        """Return the sample of `messages` up to and with the generation header, without labels."""
         messages = self.prepare({"messages": messages}, folder)
         return self._sample(messages, [(self.render(messages, True, thinking), False)])
 

@@ -8,6 +8,7 @@ import platform
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -92,16 +93,20 @@ def run_config(run: Path | None) -> Config:
 
 
 def load_prompts(path: str, encoder: SampleEncoder) -> list[Prompt]:
-    """Read prompts in the format of the training data; a last assistant turn is the reference."""
+    """Read prompts in the format of the training data; a last assistant turn is the reference.
+
+    Raises UserError naming one that cannot be asked.
+    """
     prompts, records = [], Records([path])
     for i in range(len(records)):
         try:
             messages = encoder.prepare(records[i], records.folder(i))
+            answer = messages.pop() if messages[-1]["role"] == "assistant" else None
+            reference = text_of(answer) if answer else None
+            thinking = bool(answer and answer.get("reasoning_content"))
+            encoder.encode_prompt(messages, thinking=thinking)
         except ValueError as error:
             raise UserError(f"{records.where(i)}: {error}") from error
-        answer = messages.pop() if messages[-1]["role"] == "assistant" else None
-        reference = text_of(answer) if answer else None
-        thinking = bool(answer and answer.get("reasoning_content"))
         prompts.append(Prompt(str(records[i].get("id", i)), messages, reference, thinking))
     return prompts
 
@@ -117,8 +122,6 @@ def answer_prompts(name: str, config: Config, arguments: argparse.Namespace) -> 
     encoder = build_encoder(folder, processor, config)
     # What is wrong with a prompt is told before the model is downloaded and loaded.
     prompts = load_prompts(arguments.prompts, encoder)
-    for prompt in prompts:
-        encode_prompts(arguments.prompts, [prompt], encoder)
     folder = find_model(name)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     is_flash = choose_attention(device, "bf16") == "flash_attention_2"
@@ -130,34 +133,26 @@ def answer_prompts(name: str, config: Config, arguments: argparse.Namespace) -> 
         f"video frames up to {config.video_max_pixels} at {config.video_fps:g} a second\n"
     )
 
-    answers, rows, prompts_folder = [], [], Path(arguments.prompts).parent
+    rows, prompts_folder = [], Path(arguments.prompts).parent
     for start in range(0, len(prompts), arguments.batch_size):
         chosen = prompts[start : start + arguments.batch_size]
         started = time.perf_counter()
-        samples = encode_prompts(arguments.prompts, chosen, encoder)
-        new_answers = generate(model, encoder, build_inputs, samples, arguments.max_new_tokens)
+        samples = [encoder.encode_prompt(p.messages, thinking=p.thinking) for p in chosen]
+        answers = generate(model, encoder, build_inputs, samples, arguments.max_new_tokens)
         seconds = time.perf_counter() - started
-        for prompt, answer in zip(chosen, new_answers):
+        for prompt, answer in zip(chosen, answers):
             print_answer(prompt, answer)
             rows.append(answer_row(prompt, answer, seconds / len(chosen), encoder, prompts_folder))
-        answers += new_answers
-        logger.info(f"{len(chosen)} answers in {seconds:.1f} s")
-    answers = [encoder.without_reasoning(answer) for answer in answers]
-    print_scores(score_all(answers, [prompt.reference for prompt in prompts], metric))
+    answers = [encoder.without_reasoning(row["answer"]) for row in rows]
+    scores = score_all(answers, [prompt.reference for prompt in prompts], metric)
+    if scores["num_scored"]:
+        own = "" if scores["metric"] is None else f"; --metric {scores['metric']:.4f}"
+        print(
+            f"{scores['num_exact']} of {scores['num_scored']} answers equal their reference word "
+            f"for word; character error rate {scores['character_error_rate']:.1%}{own}"
+        )
     if arguments.save:
         save_answers(arguments, name, rows, describe(config, arguments, device, dtype, attention))
-
-
-def encode_prompts(path: str, prompts: list[Prompt], encoder: SampleEncoder) -> list[Sample]:
-    """Return the samples of prompts from the file `path`. Raises UserError naming the prompt."""
-    samples = []
-    for prompt in prompts:
-        try:
-            folder = Path(path).parent
-            samples.append(encoder.encode_prompt(prompt.messages, folder, prompt.thinking))
-        except ValueError as error:
-            raise UserError(f"{path}: {prompt.id}: {error}") from error
-    return samples
 
 
 def describe(config: Config, arguments, device, dtype, attention: str) -> dict:
@@ -203,22 +198,17 @@ def answer_row(
     }
 
 
-def _picture_uri(content: bytes) -> str:
-    return data_uri(content, "image/*")  # of a Parquet file; Pillow will see what it is
-
-
 def save_answers(arguments, name: str, rows: list[dict], settings: dict) -> None:
     """Write the file of --save: the model, its settings, where its metrics are, its answers."""
     # A checkpoint of a run lies one folder below the metrics.
     candidates = [Path(name) / "metrics.jsonl", Path(name).parent / "metrics.jsonl"]
     metrics = next((portable(p) for p in candidates if Path(name).is_dir() and p.is_file()), None)
     saved = {"model": name, "settings": settings, "metrics": metrics, "answers": rows}
+    # Bytes are pictures of a Parquet file; Pillow will see of what format.
+    text = json.dumps(saved, ensure_ascii=False, indent=1, default=partial(data_uri, "image/*"))
     try:
         Path(arguments.save).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.save).write_text(
-            json.dumps(saved, ensure_ascii=False, indent=1, default=_picture_uri) + "\n",
-            encoding="utf-8",
-        )
+        Path(arguments.save).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--save {arguments.save}: cannot be written: {error}") from error
     print(f"saved to {arguments.save}")
@@ -403,13 +393,3 @@ def print_answer(prompt: Prompt, answer: str) -> None:
     if prompt.reference is not None:
         lines.append(f"reference: {prompt.reference}")
     print(make_visible("\n".join(lines)) + "\n", flush=True)
-
-
-def print_scores(scores: dict) -> None:
-    """Print the total scores in one line; nothing where no prompt has a reference."""
-    if scores["num_scored"]:
-        own = "" if scores["metric"] is None else f"; --metric {scores['metric']:.4f}"
-        print(
-            f"{scores['num_exact']} of {scores['num_scored']} answers equal their reference word "
-            f"for word; character error rate {scores['character_error_rate']:.1%}{own}"
-        )

@@ -90,7 +90,7 @@ def mark_differences(first: str, second: str) -> list[list[tuple[str, bool]]]:
     return [[(make_visible(text), differs) for text, differs in side] for side in pieces]
 
 
-def data_uri(content: bytes, media_type: str) -> str:
+def data_uri(media_type: str, content: bytes) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
@@ -104,7 +104,7 @@ def picture_uri(pictures: Iterable[torch.Tensor], max_side: int = MAX_PICTURE_SI
     strip.thumbnail((max_side, max_side))
     buffer = io.BytesIO()
     strip.save(buffer, "JPEG", quality=85)
-    return data_uri(buffer.getvalue(), "image/jpeg")
+    return data_uri("image/jpeg", buffer.getvalue())
 
 
 def embed(item: dict, folder: Path, sizes: list[int]) -> dict:
@@ -139,7 +139,7 @@ def embed(item: dict, folder: Path, sizes: list[int]) -> dict:
             print(f"warning: {describe(source)}: {note}", file=sys.stderr)
             return media | {"note": note}
         sizes.append(size)
-        return media | {"uri": data_uri(Path(found).read_bytes(), f"video/{CLIP_TYPES[kind]}")}
+        return media | {"uri": data_uri(f"video/{CLIP_TYPES[kind]}", Path(found).read_bytes())}
     except Exception as error:  # whatever a decoder throws: the page says which file it was
         note = make_visible(f"cannot be shown: {error}")
         print(f"warning: {describe(source)}: {note}", file=sys.stderr)
