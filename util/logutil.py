@@ -15,12 +15,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from util.check_requirements import find_differences, read_requirements
 from util.config import Config, make_visible
-from util.data.batch import PlannedData
 from util.run import is_main_process, on_main_process, shard_size, world_size
 from util.survive import check_claim
 
@@ -68,24 +66,14 @@ class RunLog:
     Only the main process tells anything. The set-up is logged with its arithmetic as this is made.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        model,
-        data: PlannedData,
-        eval_data: PlannedData | None,
-        first_step: int,
-        num_steps: int,
-        device: torch.device,
-    ):
+    def __init__(self, config, model, data, eval_data, first_step, num_steps, device):
         _log_setup(config, model, data, eval_data, num_steps, device)
         output_dir, is_main = Path(config.output_dir), is_main_process()
         self.num_steps = num_steps
-        self.metrics_file = (
-            MetricsFile(output_dir / "metrics.jsonl", open_reporter(config, output_dir))
-            if is_main
-            else MetricsFile(Path(os.devnull))
-        )
+        self.metrics_file = MetricsFile(Path(os.devnull))
+        if is_main:
+            report = open_reporter(config, output_dir)
+            self.metrics_file = MetricsFile(output_dir / "metrics.jsonl", report)
         self.progress = tqdm(
             total=num_steps, initial=first_step, unit="step", disable=None if is_main else True
         )
@@ -139,7 +127,7 @@ def count_weights(parameters) -> int:
     )
 
 
-def _log_setup(config: Config, model, data, eval_data, num_steps: int, device) -> None:
+def _log_setup(config, model, data, eval_data, num_steps, device) -> None:
     num_weights = count_weights(model.parameters())
     logger.info(
         f"model      {config.model_name_or_path}: {num_weights / 1e6:,.1f} M parameters "
@@ -245,31 +233,26 @@ def open_reporter(config: Config, output_dir: Path) -> Callable[[dict], None]:
     Where the package fails, that is logged, and nothing is sent.
     """
     try:
-        return _open_reporter(config, output_dir)
+        if config.report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(output_dir)
+
+            def report(metrics: dict) -> None:
+                for name, value in metrics.items():
+                    writer.add_scalar(name, value, metrics["global_step"])
+                writer.flush()  # else the last two minutes of a run that is killed are lost
+
+            return report
+        if config.report_to != "none":
+            # wandb, and trackio, which is made to be called like it. Both finish when Python exits.
+            package = importlib.import_module(config.report_to)
+            flags = dataclasses.asdict(config)
+            package.init(project="finetune-Qwen2-VL", name=output_dir.name, config=flags)
+            return lambda metrics: package.log(metrics, step=metrics["global_step"])
     except (Exception, SystemExit) as error:
         logger.warning(REPORT_FAILS.format(error))
-        return lambda metrics: None
-
-
-def _open_reporter(config: Config, output_dir: Path) -> Callable[[dict], None]:
-    if config.report_to == "none":
-        return lambda metrics: None
-    if config.report_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(output_dir)
-
-        def report(metrics: dict) -> None:
-            for name, value in metrics.items():
-                writer.add_scalar(name, value, metrics["global_step"])
-            writer.flush()  # else the last two minutes of a run that is killed are lost
-
-        return report
-    # wandb, and trackio, which is made to be called like it. Both finish when Python exits.
-    package = importlib.import_module(config.report_to)
-    flags = dataclasses.asdict(config)
-    package.init(project="finetune-Qwen2-VL", name=output_dir.name, config=flags)
-    return lambda metrics: package.log(metrics, step=metrics["global_step"])
+    return lambda metrics: None
 
 
 def tell_the_end(output_dir: Path) -> None:
