@@ -82,19 +82,12 @@ class PixelPolicy:
         return FRAME_FACTOR * int(MAX_VIDEO_TOKENS * self.factor**2 * 0.9)
 
     def image_size(
-        self,
-        height: int,
-        width: int,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        resized_height: int | None = None,
-        resized_width: int | None = None,
+        self, height: int, width: int, min_pixels=None, max_pixels=None, **resized
     ) -> tuple[int, int]:
         """Return the (height, width) to which a picture is resized; the rest are its own keys."""
-        if resized_height:
-            token = self.factor**2
-            limits = (4 * token, MAX_IMAGE_TOKENS * token)
-            return smart_resize(resized_height, resized_width, self.factor, *limits)
+        if resized:
+            size, token = (resized["resized_height"], resized["resized_width"]), self.factor**2
+            return smart_resize(*size, self.factor, 4 * token, MAX_IMAGE_TOKENS * token)
         # A default gives way to a limit of the item's own.
         smallest = min_pixels or min(self.min_pixels, max_pixels or self.min_pixels)
         largest = max_pixels or max(self.max_pixels, min_pixels or 0)

@@ -65,8 +65,7 @@ class SampleEncoder:
         self.chat_template = processor.chat_template or self.tokenizer.chat_template
         self.get_rope_index, self.vision_inputs = model.get_rope_index, vision_inputs
         self.write_boxes, self.model_type = write_boxes, model.config.model_type
-        self.policy = policy
-        self.supervise = supervise
+        self.policy, self.supervise = policy, supervise
         self.image_token_id = processor.image_token_id
         self.video_token_id = processor.video_token_id
         ends = self.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>"])
@@ -201,8 +200,7 @@ class SampleEncoder:
         With the empty block of reasoning, with one opened, and, as templates write earlier turns,
         without. They are one and the same where a template knows no reasoning.
         """
-        prompt = self.render(messages, add_generation_prompt=True)
-        yield prompt
+        yield self.render(messages, add_generation_prompt=True)
         thinking = self.render(messages, add_generation_prompt=True, thinking=True)
         yield thinking
         yield thinking.removesuffix("<think>\n")

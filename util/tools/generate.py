@@ -318,14 +318,7 @@ def _ready_to_answer(model):
         model.set_attn_implementation(attention)
 
 
-def generate(
-    model,
-    encoder: SampleEncoder,
-    build_inputs,
-    samples: list[Sample],
-    max_new_tokens: int,
-    synced_gpus: bool = False,
-) -> list[str]:
+def generate(model, encoder, build_inputs, samples, max_new_tokens, synced_gpus=False) -> list[str]:
     """Return the greedy answers to prompts, generated as one batch, padded on the left.
 
     synced_gpus: ranks that share the model go on until the last of them is done.
