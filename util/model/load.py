@@ -167,17 +167,12 @@ def _check_tokenizer(folder: str, processor, model_config) -> None:
 
 def pixel_policy(processor, config: Config) -> PixelPolicy:
     """Return the pixel limits of the flags, with the patch sizes of the model."""
-    image_processor = processor.image_processor
+    flags = ("min_pixels", "max_pixels", "video_fps", "video_max_frames", "video_max_pixels")
+    flags += ("allow_remote_media",)
+    sizes = ("patch_size", "merge_size", "temporal_patch_size")
     return PixelPolicy(
-        min_pixels=config.min_pixels,
-        max_pixels=config.max_pixels,
-        video_fps=config.video_fps,
-        video_max_frames=config.video_max_frames,
-        video_max_pixels=config.video_max_pixels,
-        patch_size=image_processor.patch_size,
-        merge_size=image_processor.merge_size,
-        temporal_patch_size=image_processor.temporal_patch_size,
-        allow_remote_media=config.allow_remote_media,
+        **{name: getattr(config, name) for name in flags},
+        **{name: getattr(processor.image_processor, name) for name in sizes},
     )
 
 

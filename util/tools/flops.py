@@ -16,22 +16,17 @@ from util.model.families import layers_of, part_of, state_size, vision_width
 
 # Text and vision shapes of the published models, of the config.json files at
 # https://huggingface.co/Qwen; what is left out is as transformers' Qwen2VLConfig has it.
+SHAPE_NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SHAPE_NAMES += ("num_key_value_heads", "vocab_size")
 PUBLISHED_SHAPES = {
-    "Qwen/Qwen2-VL-2B-Instruct": {"hidden_size": 1536, "intermediate_size": 8960}
-    | {"num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2}
-    | {"vocab_size": 151936},
-    "Qwen/Qwen2-VL-7B-Instruct": {"hidden_size": 3584, "intermediate_size": 18944}
-    | {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
-    | {"vocab_size": 152064},
-    "Qwen/Qwen2-VL-72B-Instruct": {"hidden_size": 8192, "intermediate_size": 29568}
-    | {"num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}
-    | {"vocab_size": 152064},
+    "Qwen/Qwen2-VL-2B-Instruct": (1536, 8960, 28, 12, 2, 151936),
+    "Qwen/Qwen2-VL-7B-Instruct": (3584, 18944, 28, 28, 4, 152064),
+    "Qwen/Qwen2-VL-72B-Instruct": (8192, 29568, 80, 64, 8, 152064),
 }
 
 # Dense bf16 operations a second, of the makers' data sheets; the longest name that fits counts.
 PEAK_FLOPS = {
-    "A100": 312e12,
-    "A800": 312e12,
+    **dict.fromkeys(("A100", "A800"), 312e12),
     "A40": 149.7e12,
     "A10": 125e12,
     "A10G": 70e12,
@@ -44,20 +39,17 @@ PEAK_FLOPS = {
     "L40": 181e12,
     "L40S": 362e12,
     "H20": 148e12,
-    "H100": 989e12,
+    **dict.fromkeys(("H100", "H200", "H800", "GH200"), 989e12),
     "H100 PCIe": 756e12,
-    "H800": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
     "B200": 2250e12,
 }
 
 
 def published_config(name: str) -> transformers.Qwen2VLConfig:
     """Return the configuration of a model in PUBLISHED_SHAPES."""
-    shape = PUBLISHED_SHAPES[name]
+    shape = dict(zip(SHAPE_NAMES, PUBLISHED_SHAPES[name]))
     return transformers.Qwen2VLConfig(
-        text_config=dict(shape),
+        text_config=shape,
         vision_config={"hidden_size": shape["hidden_size"]},
         tie_word_embeddings="2B" in name,
     )
