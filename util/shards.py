@@ -11,15 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import metadata as types
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 from torch.futures import Future
 
 # Bytes of a file of shards: so much of what is on a GPU is in main memory while it is written.
@@ -51,12 +44,12 @@ class ShardWriter(dcp.FileSystemWriter):
         self.thread_count = 1
         return super()._write_data(planner, file_queue)
 
-    def finish(self, metadata: Metadata, results: list[list]) -> None:
+    def finish(self, metadata: types.Metadata, results: list[list]) -> None:
         """Write the index: what tensors and other values there are, and where their bytes are."""
         values = {}
         for name, value in metadata.state_dict_metadata.items():
             values[name] = None
-            if isinstance(value, TensorStorageMetadata):
+            if isinstance(value, types.TensorStorageMetadata):
                 chunks = [[*map(list, (chunk.offsets, chunk.sizes))] for chunk in value.chunks]
                 values[name] = [str(value.properties.dtype), list(value.size), chunks]
         places = [
@@ -69,7 +62,7 @@ class ShardWriter(dcp.FileSystemWriter):
         (Path(self.path) / INDEX_FILE).write_text(text, encoding="utf-8")
 
 
-def read_index(folder: Path) -> Metadata:
+def read_index(folder: Path) -> types.Metadata:
     """Return what ShardWriter wrote, as DCP wants it, made anew of numbers and checked names.
 
     Raises ValueError where the file holds anything else.
@@ -80,22 +73,22 @@ def read_index(folder: Path) -> Metadata:
         places = dict(_place(*entry) for entry in index["places"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{INDEX_FILE} is not an index of shards: {error!r}") from error
-    return Metadata(values, planner_data={}, storage_data=places)
+    return types.Metadata(values, planner_data={}, storage_data=places)
 
 
-def _value(entry: list | None) -> TensorStorageMetadata | BytesStorageMetadata:
+def _value(entry: list | None) -> types.TensorStorageMetadata | types.BytesStorageMetadata:
     if entry is None:
-        return BytesStorageMetadata()
+        return types.BytesStorageMetadata()
     dtype, size, chunks = entry
-    chunks = [ChunkStorageMetadata(*map(_size, chunk)) for chunk in chunks]
-    return TensorStorageMetadata(TensorProperties(DTYPES[dtype]), _size(size), chunks)
+    chunks = [types.ChunkStorageMetadata(*map(_size, chunk)) for chunk in chunks]
+    return types.TensorStorageMetadata(types.TensorProperties(DTYPES[dtype]), _size(size), chunks)
 
 
 def _place(name: str, offset: list | None, file: str, begin: int, length: int) -> tuple:
     if not SHARD_NAME.fullmatch(file):
         raise ValueError(f"{file!r} is no file of shards")
     info = _StorageInfo(file, *_size([begin, length]))
-    return MetadataIndex(str(name), None if offset is None else _size(offset)), info
+    return types.MetadataIndex(str(name), None if offset is None else _size(offset)), info
 
 
 def _size(numbers: list) -> torch.Size:
@@ -107,7 +100,7 @@ def _size(numbers: list) -> torch.Size:
 class ShardReader(dcp.FileSystemReader):
     """Reads what ShardWriter wrote."""
 
-    def read_metadata(self, *args, **kwargs) -> Metadata:
+    def read_metadata(self, *args, **kwargs) -> types.Metadata:
         """Return the index; torch's own would load a pickle."""
         return read_index(Path(self.path))
 
