@@ -16,7 +16,6 @@ import json
 from collections import Counter
 
 import numpy as np
-import torch
 import transformers
 
 from util.config import (
@@ -34,7 +33,14 @@ from util.data.index import Index, build_index, check_lengths, decode_all
 from util.data.keys import ignored_keys
 from util.data.sample import Sample, SampleEncoder
 from util.media.image import Remark
-from util.model.load import build_encoder, find_model, find_model_to_train, load_processor
+from util.model.load import (
+    build_encoder,
+    empty_model,
+    find_model,
+    find_model_to_train,
+    load_encoder,
+    load_processor,
+)
 from util.run import choose_device, run_main
 from util.tools.data_page import CheckedFiles, make_cards, token_runs, write_data_page
 from util.tools.flops import PUBLISHED_SHAPES, FlopCounter, published_config
@@ -186,13 +192,11 @@ def print_plan(config: Config, limit_gib: float) -> None:
 
 def print_compute(model_config, config: Config, data: PlannedData) -> None:
     """Print epochs, steps and operations of the run; what is recomputed does not count."""
-    with torch.device("meta"):
-        model = transformers.AutoModelForImageTextToText.from_config(model_config)
     samples = np.flatnonzero(data.index.num_tokens > 0)
     num_steps = data.plan.num_steps(config.num_epochs, config.max_steps)
     num_epochs = num_steps / data.plan.num_steps_per_epoch
     rounds = num_epochs * data.plan.num_samples_per_epoch / len(samples)
-    pflop = FlopCounter(model, data.index, config)(samples) * rounds / 1e15
+    pflop = FlopCounter(empty_model(model_config), data.index, config)(samples) * rounds / 1e15
     print(f"compute: {num_epochs:g} epochs, {num_steps:,} steps, {pflop:,.3g} PFLOP")
 
 
@@ -222,8 +226,7 @@ def main() -> None:
     print(reading)
     if extra.plan is not None:
         return print_plan(config, extra.plan)
-    folder = find_model_to_train(config.model_name_or_path, with_weights=False)
-    encoder = build_encoder(folder, load_processor(folder, config), config)
+    *_, encoder = load_encoder(config, with_weights=False)
     if extra.show is not None:
         sample = show_sample(encoder, Records(config.train_data), extra.show)
         ids = {"input_ids": sample.input_ids.tolist(), "labels": sample.labels.tolist()}

@@ -189,18 +189,19 @@ def load_encoder(config: Config, with_weights: bool = True):
     return folder, processor, build_encoder(folder, processor, config)
 
 
+def empty_model(model_config, **options):
+    """Return a model of shapes alone, on the meta device."""
+    with torch.device("meta"):
+        return transformers.AutoModelForImageTextToText.from_config(model_config, **options)
+
+
 def build_encoder(folder: str, processor, config: Config) -> SampleEncoder:
     """Return what turns conversations into samples for the model in `folder`."""
     # The positions need the model's config but none of its weights.
-    with torch.device("meta"):
-        skeleton = transformers.AutoModelForImageTextToText.from_config(
-            transformers.AutoConfig.from_pretrained(base_folder(folder))
-        )
-    inputs = partial(vision_inputs, vision_tower=skeleton.model.visual)
+    model = empty_model(transformers.AutoConfig.from_pretrained(base_folder(folder))).model
+    inputs = partial(vision_inputs, vision_tower=model.visual)
     policy = pixel_policy(processor, config)
-    encoder = SampleEncoder(
-        processor, skeleton.model, inputs, write_boxes, policy, config.supervise
-    )
+    encoder = SampleEncoder(processor, model, inputs, write_boxes, policy, config.supervise)
     try:
         encoder.render([{"role": "user", "content": "?"}])
     except UserError:  # it does not end
@@ -323,10 +324,7 @@ def _write_model(model, state_dict, processor, output_dir, dtype) -> None:
         save_file(renamed, Path(output_dir) / "adapter_model.safetensors", {"format": "pt"})
         return
     # A model without weights, since save_pretrained writes the dtype of the one it is called on.
-    with torch.device("meta"):
-        skeleton = transformers.AutoModelForImageTextToText.from_config(
-            deepcopy(model.config), dtype=dtype
-        )
+    skeleton = empty_model(deepcopy(model.config), dtype=dtype)
     skeleton.generation_config = model.generation_config
     skeleton.save_pretrained(output_dir, state_dict=state_dict | unread_weights(model))
 

@@ -19,6 +19,7 @@ from util.data.batch import MicroBatch, PlannedData
 from util.model.attention import register_attention
 from util.model.families import layers_of, vision_width
 from util.model.inputs import InputBuilder
+from util.model.load import empty_model
 from util.model.loss import cross_entropy_sum
 from util.model.parts import prepare_for_training
 from util.optim import moment_bytes, optimizer_step_bytes
@@ -52,8 +53,7 @@ class StateBytes:
 
 def count_states(model_config, config: Config) -> StateBytes:
     """Return what weights, gradients and AdamW's moments take, over all GPUs together."""
-    with torch.device("meta"):
-        model = transformers.AutoModelForImageTextToText.from_config(model_config)
+    model = empty_model(model_config)
     prepare_for_training(model, config)
     return _states_of(model, config)
 
@@ -211,10 +211,9 @@ def plan_memory(
 
 def _fake_model(model_config, config: Config, mode: FakeTensorMode):
     register_attention("packed_sdpa")
-    with torch.device("meta"):
-        model = transformers.AutoModelForImageTextToText.from_config(
-            model_config, dtype=torch.float32, attn_implementation="packed_sdpa"
-        ).train()
+    model = empty_model(
+        model_config, dtype=torch.float32, attn_implementation="packed_sdpa"
+    ).train()
     # What has no memory cannot be compiled; that it takes less is left aside.
     prepare_for_training(model, replace(config, compile=False))
     with mode:
