@@ -94,13 +94,7 @@ class PixelPolicy:
         return smart_resize(height, width, self.factor, smallest, largest)
 
     def num_frames(
-        self,
-        total_frames: int,
-        rate: float,
-        fps: float | None = None,
-        nframes: int | None = None,
-        min_frames: int = MIN_FRAMES,
-        max_frames: int | None = None,
+        self, total_frames, rate, fps=None, nframes=None, min_frames=MIN_FRAMES, max_frames=None
     ) -> int:
         """Return how many of `total_frames` at `rate` frames a second to take of a clip.
 

@@ -87,7 +87,8 @@ def _read_boxes(objects: dict, sizes: Callable) -> list[Box]:
         raise ValueError(f'"objects": bbox_type {unit!r}: must be one of {", ".join(UNITS)}')
     if numbers and len(numbers) != len(values):
         raise ValueError(f'"objects": {len(numbers)} image_id, but {len(values)} boxes')
-    if unit == "real" and _are_shares(values):
+    coordinates = [number for value in values if _is_box(value) for number in value]
+    if unit == "real" and any(n % 1 for n in coordinates) and max(coordinates) <= 1:
         raise ValueError('"objects": boxes are shares of the picture: "bbox_type": "norm1" says so')
     shown, boxes = sizes() if values else [], []
     for value, k in zip(values, numbers or [0] * len(values)):
@@ -108,11 +109,6 @@ def _read_boxes(objects: dict, sizes: Callable) -> list[Box]:
                 )
         boxes.append(Box(value, size, shown[k][1]))
     return boxes
-
-
-def _are_shares(values: list) -> bool:
-    numbers = [number for value in values if _is_box(value) for number in value]
-    return any(number % 1 for number in numbers) and max(numbers) <= 1
 
 
 def _is_box(value) -> bool:

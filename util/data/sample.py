@@ -262,11 +262,9 @@ class SampleEncoder:
         messages = self.prepare(record, folder)
         return self._sample(messages, self.segments(messages))
 
-    def encode_prompt(
-        self, messages: list[dict], folder: Path = Path(), thinking: bool = False
-    ) -> Sample:
+    def encode_prompt(self, messages: list[dict], thinking: bool = False) -> Sample:
         """Return the sample of `messages` up to and with the generation header, without labels."""
-        messages = self.prepare({"messages": messages}, folder)
+        messages = self.prepare({"messages": messages})
         return self._sample(messages, [(self.render(messages, True, thinking), False)])
 
     def _sample(self, messages: list[dict], pieces: list[tuple[str, bool]]) -> Sample:

@@ -23,16 +23,10 @@ from util.data.files import DataHaveChanged, Records
 from util.data.sample import Sample, SampleEncoder
 from util.media.source import describe as describe_media
 from util.media.source import map_paths
+from util.model import load
 from util.model.attention import PACKED, choose_attention
 from util.model.families import takes_seconds_per_grid
 from util.model.inputs import InputBuilder
-from util.model.load import (
-    build_encoder,
-    find_model,
-    is_model_folder,
-    load_model_to_answer,
-    load_processor,
-)
 from util.run import choose_device, on_main_process
 from util.tools.page import data_uri
 from util.tools.scores import load_metric, score_all
@@ -78,11 +72,11 @@ def positive(text: str) -> int:
 def newest_run(model_dir: str | None = None) -> Path | None:
     """Return `model_dir`, or the newest finished run under train_output, or None."""
     if model_dir:
-        if not is_model_folder(model_dir):
+        if not load.is_model_folder(model_dir):
             problem = "it has no config.json" if Path(model_dir).is_dir() else "there is none"
             raise UserError(f"--model_dir {model_dir}: is not a model folder: {problem}")
         return Path(model_dir)
-    runs = [path for path in Path("train_output").glob("*") if is_model_folder(path)]
+    runs = [path for path in Path("train_output").glob("*") if load.is_model_folder(path)]
     return max(runs, key=lambda path: path.stat().st_mtime, default=None)
 
 
@@ -117,16 +111,16 @@ def answer_prompts(name: str, config: Config, arguments: argparse.Namespace) -> 
     metric = load_metric(arguments.metric)
     if arguments.save and Path(arguments.save).is_dir():
         raise UserError(f"--save {arguments.save}: is a folder, not a file")
-    folder = find_model(name, with_weights=False)
-    processor = load_processor(folder, config)
-    encoder = build_encoder(folder, processor, config)
+    folder = load.find_model(name, with_weights=False)
+    processor = load.load_processor(folder, config)
+    encoder = load.build_encoder(folder, processor, config)
     # What is wrong with a prompt is told before the model is downloaded and loaded.
     prompts = load_prompts(arguments.prompts, encoder)
-    folder = find_model(name)
+    folder = load.find_model(name)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     is_flash = choose_attention(device, "bf16") == "flash_attention_2"
     attention = "flash_attention_2" if is_flash else "sdpa"
-    model = load_model_to_answer(folder, attention, device, dtype)
+    model = load.load_model_to_answer(folder, attention, device, dtype)
     build_inputs = InputBuilder(processor, attention, device)
     print(
         f"model {name} on {device}; images of {config.min_pixels} to {config.max_pixels} pixels, "
