@@ -4,8 +4,9 @@ Nothing here needs weights or a GPU: a step runs on tensors that have shapes and
 """
 
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -38,17 +39,12 @@ SAVERS = (
 GIB = 2**30
 
 
-@dataclass
-class StateBytes:
+class StateBytes(NamedTuple):
     """Bytes that stand on the device from the first step to the last."""
 
     weights: int
     gradients: int
     optimizer: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
 
 
 def count_states(model_config, config: Config) -> StateBytes:
@@ -76,11 +72,11 @@ def check_fits(folder: str, config: Config, device: torch.device) -> None:
     else:
         free = psutil.virtual_memory().available
     num_shards = shard_size(config)
-    needed = count_states(model_config, config).total / num_shards
+    needed = sum(count_states(model_config, config)) / num_shards
     if needed <= free:
         return
     totals = {
-        flags: count_states(model_config, candidate).total / num_shards
+        flags: sum(count_states(model_config, candidate)) / num_shards
         for flags, candidate in _savers(config).items()
     }
     fitting = [f"  {flags}: {t / GIB:.1f} GiB" for flags, t in totals.items() if t < free]
@@ -193,14 +189,12 @@ def plan_memory(
         passes = states.weights + states.optimizer + tracker.peak
     else:
         gathered, at_the_end = _gathered_bytes(model)
-        begun = states.total - (0 if is_accumulated else states.gradients)
+        begun = sum(states) - (0 if is_accumulated else states.gradients)
         passes = begun / shard_size + activations + gathered
-        passes = max(passes, states.total / shard_size + at_the_end)
-    optimizer_step = (states.total + optimizer_step_bytes(trained, config)) / shard_size
+        passes = max(passes, sum(states) / shard_size + at_the_end)
+    optimizer_step = (sum(states) + optimizer_step_bytes(trained, config)) / shard_size
     kinds = {
-        "weights": states.weights / shard_size,
-        "gradients": states.gradients / shard_size,
-        "optimizer": states.optimizer / shard_size,
+        **{name: size / shard_size for name, size in states._asdict().items()},
         "activations": activations - logits_bytes + gathered,
         "logits": logits_bytes,
         "peak": max(passes, optimizer_step),
@@ -313,7 +307,7 @@ def fitting_flags(
     for flags, candidate in _savers(config).items():
         if candidate.precision == "bf16_4bit" and not has_bitsandbytes():
             continue  # its step cannot be run
-        if count_states(model_config, candidate).total / shard_size < limit_gib * GIB:
+        if sum(count_states(model_config, candidate)) / shard_size < limit_gib * GIB:
             needed = plan_memory(model_config, processor, candidate, data, shard_size)
             if needed["peak_gib"] <= limit_gib:
                 return flags, needed["peak_gib"]
