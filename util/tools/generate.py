@@ -41,7 +41,7 @@ class Prompt:
     id: str
     messages: list[dict]
     reference: str | None
-    thinking: bool = False  # whether the answer is to begin with reasoning, as the reference does
+    reasoning: str = ""  # that the reference begins with; where there is any, the model is to think
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
@@ -86,22 +86,29 @@ def run_config(run: Path | None) -> Config:
     return Config.load(path) if path and path.is_file() else Config()
 
 
-def load_prompts(path: str, encoder: SampleEncoder) -> list[Prompt]:
-    """Read prompts in the format of the training data; a last assistant turn is the reference.
+def read_prompt(records: Records, i: int, encoder: SampleEncoder) -> Prompt:
+    """Return record `i`, in the format of the training data; a last answer is the reference."""
+    messages = encoder.prepare(records[i], records.folder(i))
+    name = str(records[i].get("id", i))
+    if messages[-1]["role"] != "assistant":
+        return Prompt(name, messages, None)
+    *messages, answer = messages
+    return Prompt(name, messages, text_of(answer), answer.get("reasoning_content", ""))
 
-    Raises UserError naming one that cannot be asked.
-    """
+
+def encode_prompt(prompt: Prompt, encoder: SampleEncoder) -> Sample:
+    return encoder.encode_prompt(prompt.messages, thinking=bool(prompt.reasoning))
+
+
+def load_prompts(path: str, encoder: SampleEncoder) -> list[Prompt]:
+    """Return the prompts in a file. Raises UserError naming one that cannot be asked."""
     prompts, records = [], Records([path])
     for i in range(len(records)):
         try:
-            messages = encoder.prepare(records[i], records.folder(i))
-            answer = messages.pop() if messages[-1]["role"] == "assistant" else None
-            reference = text_of(answer) if answer else None
-            thinking = bool(answer and answer.get("reasoning_content"))
-            encoder.encode_prompt(messages, thinking=thinking)
+            prompts.append(read_prompt(records, i, encoder))
+            encode_prompt(prompts[-1], encoder)
         except ValueError as error:
             raise UserError(f"{records.where(i)}: {error}") from error
-        prompts.append(Prompt(str(records[i].get("id", i)), messages, reference, thinking))
     return prompts
 
 
@@ -131,7 +138,7 @@ def answer_prompts(name: str, config: Config, arguments: argparse.Namespace) -> 
     for start in range(0, len(prompts), arguments.batch_size):
         chosen = prompts[start : start + arguments.batch_size]
         started = time.perf_counter()
-        samples = [encoder.encode_prompt(p.messages, thinking=p.thinking) for p in chosen]
+        samples = [encode_prompt(prompt, encoder) for prompt in chosen]
         answers = generate(model, encoder, build_inputs, samples, arguments.max_new_tokens)
         seconds = time.perf_counter() - started
         for prompt, answer in zip(chosen, answers):
@@ -264,35 +271,30 @@ def held_out_answers(data: PlannedData, most: int) -> dict[int, str]:
         if len(answers) == most:
             break
         try:
-            *_, last = _read_messages(data, i)
+            prompt = read_prompt(data.samples.records, i, data.samples.encoder)
         except DataHaveChanged:
             raise
         except ValueError:
             answers[i] = ""
             continue
-        if last["role"] == "assistant":
-            answers[i] = last.get("reasoning_content", "") + text_of(last)
+        if prompt.reference is not None:
+            answers[i] = prompt.reasoning + prompt.reference
     return answers
-
-
-def _read_messages(data: PlannedData, i: int) -> list[dict]:
-    records = data.samples.records
-    return data.samples.encoder.prepare(records[i], records.folder(i))
 
 
 def _read_prompts(data: PlannedData, numbers: list) -> tuple[list[Sample], list[str], list[str]]:
     """Return the samples of prompts, their references, and what is wrong with the others."""
+    records, encoder = data.samples.records, data.samples.encoder
     samples, references, problems = [], [], []
     for i in numbers:
         try:
-            *messages, answer = _read_messages(data, i)
-            thinking = bool(answer.get("reasoning_content"))
-            samples.append(data.samples.encoder.encode_prompt(messages, thinking=thinking))
-            references.append(text_of(answer))
+            prompt = read_prompt(records, i, encoder)
+            samples.append(encode_prompt(prompt, encoder))
+            references.append(prompt.reference)
         except DataHaveChanged:
             raise
         except ValueError as error:
-            problems.append(f"{data.samples.records.where(i)}: {error}")
+            problems.append(f"{records.where(i)}: {error}")
     return samples, references, problems
 
 
