@@ -43,24 +43,18 @@ def refuse_keys(owner: dict, refused: dict[str, str], where: str = "") -> None:
             raise ValueError(f'{where}has a key "{key}": {advice}')
 
 
-def ignored_keys(record) -> Iterator[str]:
-    """Yield the keys of a record that are not read, as "id", "message.name" and "item.detail"."""
-    record = record if isinstance(record, dict) else {}
+def ignored_keys(record: dict) -> Iterator[str]:
+    """Yield which keys of a conversation are not read: "id", "message.name", "item.detail"."""
     yield from (key for key in record if key not in RECORD_KEYS and not is_empty(record[key]))
-    for name in ("messages", "conversations"):
-        turns = record.get(name)
-        for turn in turns if isinstance(turns, list) else ():
-            turn = turn if isinstance(turn, dict) else {}
-            for key in turn:
-                if key not in MESSAGE_KEYS and not is_empty(turn[key]):
-                    yield f"message.{key}"
-            # The keys of an item itself are all read, or refused.
-            for item in turn["content"] if isinstance(turn.get("content"), list) else ():
-                item = item if isinstance(item, dict) else {}
-                urls = (item.get("image_url"), item.get("video_url"))
-                yield from (
-                    "item.detail" for url in urls if isinstance(url, dict) and "detail" in url
-                )
+    for turn in record.get("messages") or record["conversations"]:
+        for key in turn:
+            if key not in MESSAGE_KEYS and not is_empty(turn[key]):
+                yield f"message.{key}"
+        # The keys of an item itself are all read, or refused.
+        for item in turn["content"] if isinstance(turn.get("content"), list) else ():
+            for url in (item.get("image_url"), item.get("video_url")):
+                if isinstance(url, dict) and "detail" in url:
+                    yield "item.detail"
 
 
 def is_trained(message: dict, where: str) -> bool:
