@@ -9,7 +9,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-import logging
 import math
 import os
 import re
@@ -27,7 +26,7 @@ from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 
-from util.config import Config, UserError
+from util.config import Config, UserError, logger
 from util.data.batch import PlannedData
 from util.logutil import setup_logging, tell_the_end, versions
 from util.model.load import export_model
@@ -37,7 +36,6 @@ from util.run import is_main_process, on_main_process
 from util.shards import ShardPlanner, ShardReader, ShardWriter, read_index
 from util.survive import check_claim, release
 
-logger = logging.getLogger("finetune")
 # That a single process is a single process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import logging
 import math
 import re
 import time
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from transformers.hf_argparser import HfArg, HfArgumentParser
+
+# What every file tells through; util/logutil.py says where it goes.
+logger = logging.getLogger("finetune")
 
 # What a run uses where the flag is left out.
 DEFAULTS = {

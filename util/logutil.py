@@ -18,11 +18,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from util.check_requirements import find_differences, read_requirements
-from util.config import Config, make_visible
+from util.config import Config, logger, make_visible
 from util.run import is_main_process, on_main_process, shard_size, world_size
 from util.survive import check_claim
-
-logger = logging.getLogger("finetune")
 
 # How long a disk that has refused the last of a run gets before it is asked once more.
 LAST_CHANCE_SECONDS = 30

@@ -1,7 +1,6 @@
 """Start and end of a script: device, signals, errors, what only one rank does."""
 
 import atexit
-import logging
 import multiprocessing
 import os
 import re
@@ -18,10 +17,8 @@ import transformers
 from accelerate import PartialState
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from util.config import Config, UserError, make_visible
+from util.config import Config, UserError, logger, make_visible
 from util.survive import release
-
-logger = logging.getLogger("finetune")
 
 # Of a run that a signal has stopped after a save: EX_TEMPFAIL of sysexits.h, "try again later".
 EXIT_STOPPED = 75

@@ -3,7 +3,6 @@
 import atexit
 import fcntl
 import io
-import logging
 import os
 import signal
 import socket
@@ -14,9 +13,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from util.config import UserError
-
-logger = logging.getLogger("finetune")
+from util.config import UserError, logger
 
 # In the output folder while a run goes on, which touches it so often; where nobody does for so
 # long, it was left behind.

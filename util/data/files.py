@@ -6,7 +6,6 @@ What is wrong with a file raises UserError; what is wrong with a record, ValueEr
 import functools
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from util.config import UserError, make_visible
+from util.config import UserError, logger, make_visible
 from util.media.source import check_local_file, what_it_is
-
-logger = logging.getLogger("finetune")
 
 # An epoch is laid out in memory: so many times a file is more than anybody means.
 MAX_RATE = 1000

@@ -2,19 +2,16 @@
 
 import contextlib
 import hashlib
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from util.config import UserError
+from util.config import UserError, logger
 from util.data.files import Records
 from util.data.sample import SampleEncoder
 from util.data.workers import run_all
-
-logger = logging.getLogger("finetune")
 
 REPO_DIR = Path(__file__).resolve().parents[2]
 CACHE_DIR = REPO_DIR / ".cache"

@@ -5,7 +5,6 @@ What they share is read from the model's own config, processor and chat template
 
 import functools
 import json
-import logging
 import re
 
 import torch
@@ -13,11 +12,10 @@ import transformers
 from transformers import vision_utils
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
+from util.config import logger
 from util.data.boxes import Box
 from util.model.attention import segment_lengths
 from util.vision_util import MAX_VIDEO_TOKENS, PixelPolicy
-
-logger = logging.getLogger("finetune")
 
 # Boxes in a text: a name for those that follow, a box between tokens, an object of JSON, or, where
 # boxes are JSON, a list of four alone.

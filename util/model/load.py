@@ -1,7 +1,6 @@
 """Models on the hub and in folders: found, loaded, and written."""
 
 import json
-import logging
 import re
 import urllib.error
 import urllib.request
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from util.config import Config, UserError
+from util.config import Config, UserError, logger
 from util.data.sample import SampleEncoder
 from util.model.attention import choose_attention, register_attention
 from util.model.families import (
@@ -35,8 +34,6 @@ from util.model.parts import init_lora, prepare_for_training
 from util.model.tiny import cached_tiny_model
 from util.run import is_main_process
 from util.vision_util import PixelPolicy
-
-logger = logging.getLogger("finetune")
 
 ADAPTER_FILE = "adapter_config.json"
 

@@ -8,7 +8,6 @@ answers after training, it learned from the training data alone.
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import sys
@@ -20,7 +19,7 @@ import transformers
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-logger = logging.getLogger("finetune")
+from util.config import logger
 
 REPO_DIR = Path(__file__).resolve().parents[2]
 TRAIN_DATA = REPO_DIR / "train_data" / "data.json"

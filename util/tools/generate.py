@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import os
 import platform
 import time
@@ -16,7 +15,7 @@ import torch.distributed as dist
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 
-from util.config import Config, UserError, make_visible
+from util.config import Config, UserError, logger, make_visible
 from util.data.batch import PlannedData, refuse_bad_samples
 from util.data.conversation import media_of, text_of
 from util.data.files import DataHaveChanged, Records
@@ -30,8 +29,6 @@ from util.model.inputs import InputBuilder
 from util.run import choose_device, on_main_process
 from util.tools.page import data_uri
 from util.tools.scores import load_metric, score_all
-
-logger = logging.getLogger("finetune")
 
 
 @dataclass
