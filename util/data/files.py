@@ -164,8 +164,8 @@ def _split_rate(name: str) -> tuple[str, float]:
 def _open_file(path: str, rate: float) -> DataFile:
     try:
         check_local_file(path)
-        with open(path, "rb") as file:
-            start = file.read(64)
+        file = FileIO(path)
+        start = os.pread(file.fileno(), 64, 0)
         is_parquet = path.endswith(".parquet") and start.startswith(b"PAR1")
         kind = None if is_parquet else what_it_is(start)
         if kind or path.endswith(".csv"):
@@ -173,10 +173,7 @@ def _open_file(path: str, rate: float) -> DataFile:
                 f"is {kind or 'a table'}. Data files are JSON lists, JSONL of one record a line, "
                 "or Parquet"
             )
-        if path.endswith((".jsonl", ".parquet")):
-            data = FileIO(path)
-        else:
-            data = Path(path).read_bytes()
+        content = None if path.endswith((".jsonl", ".parquet")) else file.readall()
     except ValueError as error:
         missing = not os.path.lexists(path)
         raise UserError(
@@ -185,11 +182,11 @@ def _open_file(path: str, rate: float) -> DataFile:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     if path.endswith(".jsonl"):
-        return DataFile(path, rate, data, *_find_lines(path, data))
+        return DataFile(path, rate, file, *_find_lines(path, file))
     if path.endswith(".parquet"):
-        return _open_parquet(path, rate, data)
+        return _open_parquet(path, rate, file)
     # Kept as bytes like JSONL: a list of objects would be copied into every worker process.
-    records = [json.dumps(record).encode() for record in _parse_list(path, data)]
+    records = [json.dumps(record).encode() for record in _parse_list(path, content)]
     ends = np.cumsum([len(record) for record in records])
     return DataFile(path, rate, b"".join(records), ends - [len(r) for r in records], ends)
 

@@ -101,9 +101,6 @@ def _savers(config: Config) -> dict[str, Config]:
     return {flags: saver for flags, saver in savers.items() if saver != config}
 
 
-# ---------------------------------------------------------------- one step, without memory
-
-
 class _RealWithoutFake(TorchDispatchMode):
     """Runs operations that no fake tensor takes part in on real memory.
 
