@@ -50,8 +50,9 @@ def ignored_keys(record: dict) -> Iterator[str]:
         for key in turn:
             if key not in MESSAGE_KEYS and not is_empty(turn[key]):
                 yield f"message.{key}"
+    for message in record.get("messages") or ():
         # The keys of an item itself are all read, or refused.
-        for item in turn["content"] if isinstance(turn.get("content"), list) else ():
+        for item in message["content"] if isinstance(message["content"], list) else ():
             for url in (item.get("image_url"), item.get("video_url")):
                 if isinstance(url, dict) and "detail" in url:
                     yield "item.detail"
