@@ -29,8 +29,8 @@ def run_all(function, title: str, numbers: np.ndarray, records: Records, encoder
     num_workers = 0 if len(numbers) < MIN_SAMPLES_FOR_PROCESSES else num_cores()
     batches = [numbers[i : i + 16] for i in range(0, len(numbers), 16)]
     loader = DataLoader(
-        range(len(records)),
-        batch_sampler=batches,
+        batches,
+        batch_size=None,
         collate_fn=lambda batch: [function(encoder, records, i) for i in batch],
         **worker_settings(num_workers) | {"worker_init_fn": _start_measuring},
     )
