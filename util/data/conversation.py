@@ -11,10 +11,7 @@ from util.media.source import check_media_item
 
 ROLES = ("system", "user", "assistant")
 # As LLaVA, its followers and Qwen's own script name them.
-SPEAKERS = {
-    **{"system": "system", "human": "user", "user": "user"},
-    **{"gpt": "assistant", "assistant": "assistant"},
-}
+SPEAKERS = dict(zip(ROLES, ROLES)) | {"human": "user", "gpt": "assistant"}
 MEDIA_TYPES = ("image", "video")
 MEDIA_TAG = re.compile("<(image|video)>")
 

@@ -36,6 +36,7 @@ from util.run import is_main_process
 from util.vision_util import PixelPolicy
 
 ADAPTER_FILE = "adapter_config.json"
+PIXEL_FLAGS = ("min_pixels", "max_pixels", "video_fps", "video_max_frames", "video_max_pixels")
 
 
 def is_model_folder(folder: str | Path) -> bool:
@@ -164,12 +165,11 @@ def _check_tokenizer(folder: str, processor, model_config) -> None:
 
 def pixel_policy(processor, config: Config) -> PixelPolicy:
     """Return the pixel limits of the flags, with the patch sizes of the model."""
-    flags = ("min_pixels", "max_pixels", "video_fps", "video_max_frames", "video_max_pixels")
-    flags += ("allow_remote_media",)
     sizes = ("patch_size", "merge_size", "temporal_patch_size")
     return PixelPolicy(
-        **{name: getattr(config, name) for name in flags},
+        **{name: getattr(config, name) for name in PIXEL_FLAGS},
         **{name: getattr(processor.image_processor, name) for name in sizes},
+        allow_remote_media=config.allow_remote_media,
     )
 
 

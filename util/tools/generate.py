@@ -155,9 +155,8 @@ def answer_prompts(name: str, config: Config, arguments: argparse.Namespace) -> 
 
 def describe(config: Config, arguments, device, dtype, attention: str) -> dict:
     """Return everything beside the model that answers depend on."""
-    names = ("min_pixels", "max_pixels", "video_fps", "video_max_frames", "video_max_pixels")
     return {
-        **{name: getattr(config, name) for name in names},
+        **{name: getattr(config, name) for name in load.PIXEL_FLAGS},
         "prompts": portable(arguments.prompts),
         "max_new_tokens": arguments.max_new_tokens,
         "batch_size": arguments.batch_size,
