@@ -136,10 +136,8 @@ class PlannedData:
 def prepare_data(names: list[str], encoder: SampleEncoder, config) -> PlannedData:
     """Index and plan the data files `names`.
 
-    One rank measures for all: others could find other samples bad, and have other plans.
-
-    Raises UserError with what is wrong with them; with --on_bad_sample skip, only where nothing
-    is left.
+    One rank measures for all: others could find other samples bad, and have other plans. Raises
+    UserError with what is wrong with them; with --on_bad_sample skip, where nothing is left.
     """
     records = Records(names)
     _refuse_unlike_ranks(records.digest + encoder.digest(), names)

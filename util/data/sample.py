@@ -92,7 +92,6 @@ class SampleEncoder:
         """Return the text of `messages` by the model's own chat template, media unexpanded.
 
         thinking: the answer to generate begins with reasoning, where the template knows of it.
-
         Raises UserError where the template does not end: it is a program, of whoever wrote it.
         """
         name = self.tokenizer.name_or_path
@@ -243,7 +242,6 @@ class SampleEncoder:
 
         And that of pairs of patches that attend to each other: those of one picture or two frames
         (fewer in Qwen2.5-VL's layers with windows); and what is odd about the media, as a Remark.
-
         Only headers of media are read. Raises ValueError where the record cannot be trained on.
         """
         messages = self.prepare(record, folder)

@@ -48,7 +48,6 @@ def find_model(name: str, with_weights: bool = True) -> str:
     """Return the local folder of a model: tiny, a folder, or a hub name (downloaded once).
 
     Without weights, only what says how the model looks and what it reads is downloaded.
-
     Raises UserError, within seconds, where the hub cannot be reached.
     """
     if name == "tiny":

@@ -202,8 +202,7 @@ def draw_curves(files: list[dict]) -> dict | None:
     """Return the loss curves of the runs as the template draws them, None where there is none.
 
     `width` and `height` of the drawing area; `window`: steps that a mean is over; `lines`: (file
-    number, name, SVG points);
-    `x_ticks` and `y_ticks`: (position, label).
+    number, name, SVG points); `x_ticks` and `y_ticks`: (position, label).
     """
     width, height = 400, 150
     paths = [file["metrics"] for file in files]
