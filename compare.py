@@ -88,7 +88,7 @@ def compare_prompt(
     reference, texts = rows[0]["reference"], [row["answer"] for row in rows]
     answers = []
     for row, pieces in zip(rows, mark_differences(*texts)):
-        answer = {"pieces": pieces, "seconds": row["seconds"], "is_scored": reference is not None}
+        answer = {"pieces": pieces, "is_scored": reference is not None}
         if reference is not None:
             answer["is_exact"] = bool(exact_match(row["answer"], reference))
             answer["error_rate"] = character_error_rate(row["answer"], reference)

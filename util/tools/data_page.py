@@ -218,7 +218,8 @@ def write_data_page(path: str, checked: list[CheckedFiles], subtitle: str, capac
     kinds = ("num_tokens", "num_supervised_tokens", "num_image_tokens", "num_video_tokens")
     totals = {kind: sum(int(getattr(part.index, kind).sum()) for part in checked) for kind in kinds}
     lengths = np.concatenate([part.index.num_tokens for part in checked])
-    long = 2 * np.median(lengths[lengths > 0]) if lengths.any() else 0
+    lengths = lengths[lengths > 0]
+    long = 2 * np.median(lengths) if len(lengths) else 0
     cards = [card for part in checked for card in part.cards]
     for part in checked:
         for card in part.cards:
@@ -235,11 +236,10 @@ def write_data_page(path: str, checked: list[CheckedFiles], subtitle: str, capac
         subtitle=subtitle,
         cards=cards,
         filters=[(name, sum(name in card["groups"] for card in cards)) for name in names],
-        num_samples=len(lengths),
-        lengths=lengths[lengths > 0],
+        lengths=lengths,
         long=long,
         totals=totals,
         left_out=LEFT_OUT,
-        chart=_draw_lengths(lengths[lengths > 0], capacity),
+        chart=_draw_lengths(lengths, capacity),
     )
     write_page(path, page, f"{len(cards)} samples", files)
