@@ -140,7 +140,7 @@ def prepare_data(names: list[str], encoder: SampleEncoder, config) -> PlannedDat
     UserError with what is wrong with them; with --on_bad_sample skip, where nothing is left.
     """
     records = Records(names)
-    _refuse_unlike_ranks(records.digest + encoder.digest(), names)
+    _refuse_unlike_ranks(records.digest() + encoder.digest(), names)
     index, problems = on_main_process(build_index, records, encoder)
     records.refuse_changes()  # while they were measured
     problems += check_lengths(records, index, config.max_tokens, encoder)
@@ -151,7 +151,7 @@ def prepare_data(names: list[str], encoder: SampleEncoder, config) -> PlannedDat
     if plan.num_samples_per_epoch == 0:
         raise_problems(["no sample is left to train on", *problems])
     samples = SampleDataset(records, index, encoder)
-    digest = hashlib.sha256(records.digest.encode())
+    digest = hashlib.sha256(records.digest().encode())
     for numbers, _ in plan.groups:  # which samples are used, and how long they are
         digest.update(np.ascontiguousarray([numbers, index.num_tokens[numbers]]).tobytes())
     return PlannedData(samples, index, plan, digest.hexdigest(), problems)

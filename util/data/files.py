@@ -3,7 +3,6 @@
 What is wrong with a file raises UserError; what is wrong with a record, ValueError.
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -34,6 +33,7 @@ class Records:
 
     def __init__(self, names: list[str]):
         self.files = [_open_file(*_split_rate(name)) for name in names]
+        self._digest = None
         self._ends = np.cumsum([len(file.starts) for file in self.files])
 
     def __len__(self):
@@ -74,18 +74,20 @@ class Records:
         """Return the folder of the file that holds record `i`."""
         return Path(self._find(i)[0].path).parent
 
-    @functools.cached_property  # to read a large file takes its time
     def digest(self) -> str:
-        """A hash of all records and of the places that they stand at.
+        """Return a hash of all records and of the places that they stand at.
 
         Raises DataHaveChanged where a file is not what it was when it was opened.
         """
+        if self._digest:
+            return self._digest  # to read a large file takes its time
         key = hashlib.sha256()
         for file in self.files:
             for start in range(0, file.num_bytes, 1 << 24):
                 key.update(file.read(start, min(start + (1 << 24), file.num_bytes)))
             key.update(file.starts.tobytes())
-        return key.hexdigest()
+        self._digest = key.hexdigest()
+        return self._digest
 
     def refuse_changes(self) -> None:
         """Raise DataHaveChanged where a file is not what it was when it was opened."""

@@ -109,7 +109,7 @@ def _decode(encoder: SampleEncoder, records: Records, i: int) -> str | None:
 
 
 def _index_key(records: Records, encoder: SampleEncoder) -> str:
-    key = hashlib.sha256(records.digest.encode())
+    key = hashlib.sha256(records.digest().encode())
     util = REPO_DIR / "util"
     others = [util / "vision_util.py", util / "model" / "families.py"]
     for path in sorted([*util.glob("data/*.py"), *util.glob("media/*.py"), *others]):
