@@ -219,9 +219,10 @@ SUCCEEDS(cudaProfilerStop)
 /* ---------------------------------------------------------------- memory
 
    Device memory is a range of addresses and nothing else: it takes none of the host's, reads as
-   zeros, and a program that touches it from the host ends, as on a real machine. */
+   zeros, and a program that touches it from the host ends, as on a real machine. Addresses that
+   are given back are not used again. */
 
-#define SPACE (1ULL << 42)
+#define SPACE (1ULL << 46)
 #define MAX_BLOCKS 65536
 #define GRANULARITY (2ULL << 20)
 static char *space;

@@ -53,6 +53,8 @@ def nullgpu(tmp_path_factory) -> dict:
         "TRITON_LIBCUDA_PATH": str(folder),
         "NULLGPU_DEVICES": DEVICES,
         "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5",
+        # As finetune.sh sets it.
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "PYTHONPATH": f"{REPO}:{REPO}/tests",
         # transformers compares numbers of image tokens, which are zeros here.
         "TRANSFORMERS_DISABLE_TORCH_CHECK": "1",
@@ -109,6 +111,13 @@ def test_every_run_ends_well_but_where_memory_is_full(report):
     ends = {name: case["end"] for name, case in report.items() if name not in STEPS}
     assert "--gradient_checkpointing all; a lower --max_tokens" in ends.pop("full")
     assert not any(ends.values()), ends
+
+
+def test_memory_is_mapped_into_segments_that_grow(report):
+    """Also where it was full, and that was said."""
+    for name in ("bf16 90", "full"):
+        total = report[name]["total"]
+        assert total["cuMemCreate"] > total.get("cudaMalloc", 0)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
