@@ -93,15 +93,11 @@ def run_script(*command, code=0, **options) -> str:
     return finish(start(*command, **options), None, code)
 
 
-def write_crash(folder: Path) -> Path:
-    """Write a script that trains, and fails in the first step as CUDA does."""
-    (folder / "crash.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(REPO)!r})\n"
-        "import finetune\nfrom util.run import run_main\n"
-        "def crash(*arguments):\n    raise RuntimeError('CUDA error: an illegal access')\n"
-        "finetune.cross_entropy_sum = crash\nrun_main(finetune.main)\n"
-    )
-    return folder / "crash.py"
+def free_port() -> str:
+    """Return a port on which this machine's launchers can find each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def finish(process, timeout=HANG_SECONDS, code=0) -> str:

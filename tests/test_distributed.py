@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -27,6 +26,7 @@ from helpers import (
     assistant,
     call,
     finish,
+    free_port,
     image,
     make_image,
     make_video,
@@ -633,12 +633,9 @@ def test_the_launcher_trains_tiny_without_a_gpu(alone, tmp_path):
 
 def two_machines(launcher, *flags):
     """Start two launchers on one machine, which find each other as two machines would."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     # Two devices are named, so that accelerate launch is used; the flags choose the CPU.
     devices = {"CUDA_VISIBLE_DEVICES": "0,1" if launcher == "accelerate" else ""}
-    environment = {"NUM_MACHINES": "2", "MAIN_PROCESS_PORT": port} | devices
+    environment = {"NUM_MACHINES": "2", "MAIN_PROCESS_PORT": free_port()} | devices
     flags = ["--model_name_or_path", "tiny", "--device", "cpu", *flags]
     return [
         start("./finetune_distributed.sh", *flags, MACHINE_RANK=str(rank), **environment)

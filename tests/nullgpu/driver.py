@@ -1,12 +1,13 @@
-"""Runs the scripts on GPUs that compute nothing, all in one process, or in the ranks of torchrun.
+"""Runs the scripts on GPUs that compute nothing, all in one process, or in the ranks of a launcher.
 
-    PYTHONPATH=.:tests LD_PRELOAD=.../libcuda.so.1 python tests/nullgpu/driver.py FOLDER
+    PYTHONPATH=.:tests LD_PRELOAD=.../libcuda.so.1 python tests/nullgpu/driver.py [FLAGS] FOLDER
 
-FOLDER/cases.json is a list of {"name": text, "script": "finetune", "flags": [...]}. Into
-FOLDER/report.json goes, of each case by its name, what it has asked of the device: counts and names
-for each training step and in all, the lines of Python that have waited for the device, and the
-message with which it has ended, "" if none. {"name": text, "step": {...}} is a step of a real
-shape, of which benchmarks/bench_gpu.py tells what it takes.
+FOLDER/cases.json is a list of {"name": text, "script": "finetune", "flags": [...]}; what a launcher
+gives its script, FLAGS, goes before those of training runs. Into FOLDER/report.json goes, of each
+case by its name, what it has asked of the device: counts and names for each training step and in
+all, the lines of Python that have waited for the device, and the message with which it has ended,
+"" if none. {"name": text, "step": {...}} is a step of a real shape, of which
+benchmarks/bench_gpu.py tells what it takes.
 """
 
 import importlib
@@ -31,7 +32,7 @@ from helpers import call
 from util.config import UserError
 from util.run import explain_out_of_memory, is_main_process, run_rank
 
-FOLDER = Path(sys.argv[1])
+FLAGS, FOLDER = sys.argv[1:-1], Path(sys.argv[-1])
 # Whether an answer is complete is computed on the device: here, all have two tokens.
 IS_INCOMPLETE = itertools.cycle([True, True, False])
 
@@ -40,7 +41,8 @@ def run_case(script: str, flags: list[str]) -> dict:
     """Run a script's main() and return the report on it."""
     steps, others, end = [], [Counter()], ""
     module = importlib.import_module(script)
-    loop = module if hasattr(module, "train") else finetune
+    is_training = hasattr(module, "train")
+    loop = module if is_training else finetune
     set_learning_rate, log_step = loop.set_learning_rate, loop.RunLog.step
 
     def begin_step(*args):
@@ -58,7 +60,7 @@ def run_case(script: str, flags: list[str]) -> dict:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            call(module, *flags)
+            call(module, *(FLAGS if is_training else []), *flags)
         except torch.OutOfMemoryError as error:
             end = str(explain_out_of_memory(error))
         except UserError as error:

@@ -1,4 +1,4 @@
-"""finetune.py and the test scripts on GPUs that compute nothing: what they ask of a device."""
+"""The scripts on GPUs that compute nothing, as the launchers start them: what they ask for."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ import pytest
 from helpers import (
     REPO,
     assistant,
+    free_port,
     read_metrics,
     run_script,
     undamaged_steps,
@@ -26,7 +27,7 @@ FLASH = ("flash_fwd_", "flash_bwd_")  # kernels of flash attention
 SDPA = ("fmha_cutlassF_", "fmha_cutlassB_")  # and those that spare memory in fp32 as well
 MATH = ("SoftMax",)
 
-TORCHRUN = ("torchrun", "--standalone", "--nproc_per_node", 2)
+TWO_RANKS = "finetune_distributed.sh"
 # Steps of real shapes, for benchmarks/bench_gpu.py, and how much they may launch.
 STEPS = {
     "2B, one text": {"data": "one text"},
@@ -53,8 +54,6 @@ def nullgpu(tmp_path_factory) -> dict:
         "TRITON_LIBCUDA_PATH": str(folder),
         "NULLGPU_DEVICES": DEVICES,
         "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5",
-        # As finetune.sh sets it.
-        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "PYTHONPATH": f"{REPO}:{REPO}/tests",
         # transformers compares numbers of image tokens, which are zeros here.
         "TRANSFORMERS_DISABLE_TORCH_CHECK": "1",
@@ -96,9 +95,15 @@ def report(nullgpu, tmp_path_factory) -> dict:
     return drive(folder, cases, nullgpu)
 
 
-def drive(folder: Path, cases: list[dict], environment: dict, *launcher) -> dict:
+def drive(folder: Path, cases: list[dict], environment: dict, launcher="finetune.sh") -> dict:
+    """Let a launcher start driver.py in place of its script, and return the report."""
     (folder / "cases.json").write_text(json.dumps(cases))
-    print(run_script(*launcher, HERE / "driver.py", folder, **environment))
+    repo = folder / "repo"
+    repo.mkdir()
+    for name in (launcher, "util", "requirements.txt", "train_data"):
+        (repo / name).symlink_to(REPO / name)
+    (repo / launcher).with_suffix(".py").symlink_to(HERE / "driver.py")
+    print(run_script(repo / launcher, folder, **environment))
     return json.loads((folder / "report.json").read_text())
 
 
@@ -113,11 +118,15 @@ def test_every_run_ends_well_but_where_memory_is_full(report):
     assert not any(ends.values()), ends
 
 
+def check_segments(case: dict) -> None:
+    """The launchers ask for segments that grow."""
+    assert case["total"]["cuMemCreate"] > case["total"].get("cudaMalloc", 0)
+
+
 def test_memory_is_mapped_into_segments_that_grow(report):
     """Also where it was full, and that was said."""
-    for name in ("bf16 90", "full"):
-        total = report[name]["total"]
-        assert total["cuMemCreate"] > total.get("cudaMalloc", 0)
+    check_segments(report["bf16 90"])
+    check_segments(report["full"])
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -244,7 +253,13 @@ def test_the_package_flash_attn_is_used_where_it_is_installed(nullgpu, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def two_ranks(nullgpu, tmp_path_factory) -> tuple[Path, dict]:
+def two_gpus(nullgpu) -> dict:
+    """The environment of a launcher that finds two."""
+    return nullgpu | {"CUDA_VISIBLE_DEVICES": "0,1", "MAIN_PROCESS_PORT": free_port()}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(two_gpus, tmp_path_factory) -> tuple[Path, dict]:
     """A folder with runs of two ranks by their shard size, and the first rank's report."""
     folder = tmp_path_factory.mktemp("two")
     flags = ["--model_name_or_path", "tiny", "--precision", "bf16", "--num_workers", 0]
@@ -254,7 +269,7 @@ def two_ranks(nullgpu, tmp_path_factory) -> tuple[Path, dict]:
         | {"flags": [*flags, "--shard_size", size, "--output_dir", str(folder / size)]}
         for size in "12"
     ]
-    return folder, drive(folder, cases, nullgpu, *TORCHRUN)
+    return folder, drive(folder, cases, two_gpus, TWO_RANKS)
 
 
 @pytest.mark.parametrize("size, sum_up", [("1", "ncclAllReduce"), ("2", "ncclReduceScatter")])
@@ -267,14 +282,15 @@ def test_two_ranks_train_save_and_wait_once_a_step(size, sum_up, two_ranks):
         assert step["waits"] == step["device_to_host"] == 1, report[size]["waits"]
         assert step[sum_up] > NUM_LAYERS
     assert "waits" not in report[size]["between"][0]
+    check_segments(report[size])
     assert len(read_metrics(folder / size)) == 3 and len(undamaged_steps(folder / size)) == 2
     printed = (folder / size / "train.log").read_text()
     assert "on cuda:0, bf16, attention packed_varlen" in printed
     assert f"{2 // int(size)} replicas, each over {size}" in printed
 
 
-def test_two_ranks_whose_memory_is_full_say_what_to_do(nullgpu, tmp_path):
+def test_two_ranks_whose_memory_is_full_say_what_to_do(two_gpus, tmp_path):
     flags = ["--model_name_or_path", "tiny", "--precision", "bf16", "--output_dir", tmp_path / "a"]
-    small = nullgpu | {"NULLGPU_DEVICES": "90:0.125,90:0.125", "CUDA_VISIBLE_DEVICES": "0,1"}
-    printed = run_script(*TORCHRUN, "finetune_distributed.py", *flags, code=1, **small)
+    small = two_gpus | {"NULLGPU_DEVICES": "90:0.125,90:0.125"}
+    printed = run_script(f"./{TWO_RANKS}", *flags, code=1, **small)
     assert "Root Cause" in printed and "--gradient_checkpointing all; a lower" in printed
