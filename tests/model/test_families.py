@@ -264,7 +264,7 @@ def test_kernels_of_linear_attention_get_the_ends_of_samples(run, monkeypatch):
     layer = run.model.model.language_model.layers[0].linear_attn
     hidden_states = torch.randn(1, 150, 128)
     ends = torch.tensor([0, 70, 71, 150], dtype=torch.int32)
-    outputs = [forward(hidden_states, ends) for forward in (layer, layer.forward_by_kernels)]
+    outputs = [forward(hidden_states, ends, ends) for forward in (layer, layer.forward_by_kernels)]
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
 
 
@@ -387,7 +387,8 @@ def test_fully_shard_leaves_lengths_on_the_cpu(run):
     inputs = run.build_inputs(run.micro_batch)
     _, (moved,) = _to_kwargs((), inputs, torch.device("meta"), False)
     stay = {name for name, value in moved.items() if getattr(value, "is_cpu", False)}
-    expected = {"cu_seq_lens_q", "cu_seq_lens_k", "image_cu_seqlens", "image_grid_thw"}
+    expected = {"cu_seq_lens_q", "cu_seq_lens_k", "cu_seq_lens_cpu"}
+    expected |= {"image_cu_seqlens", "image_grid_thw"}
     windows = {"image_cu_window_seqlens"} & set(inputs)
     assert stay == expected | windows
 

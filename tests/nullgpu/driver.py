@@ -6,8 +6,8 @@ FOLDER/cases.json is a list of {"name": text, "script": "finetune", "flags": [..
 gives its script, FLAGS, goes before those of training runs. Into FOLDER/report.json goes, of each
 case by its name, what it has asked of the device: counts and names for each training step and in
 all, the lines of Python that have waited for the device, and the message with which it has ended,
-"" if none. {"name": text, "step": {...}} is a step of a real shape, of which
-benchmarks/bench_gpu.py tells what it takes.
+"" if none. "cudnn": false keeps convolutions from it. {"name": text, "step": {...}} is a step of a
+real shape, of which benchmarks/bench_gpu.py tells what it takes.
 """
 
 import importlib
@@ -79,6 +79,7 @@ def main() -> None:
     report = {}
     GenerationMixin._has_unfinished_sequences = lambda *_, **__: next(IS_INCOMPLETE)
     for case in json.loads((FOLDER / "cases.json").read_text()):
+        torch.backends.cudnn.enabled = case.get("cudnn", True)
         for path in case.get("remove", []):
             shutil.rmtree(path, ignore_errors=True)
         if "step" in case:

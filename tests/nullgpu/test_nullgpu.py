@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from families import build_family
 from helpers import (
     REPO,
     assistant,
@@ -61,7 +62,7 @@ def nullgpu(tmp_path_factory) -> dict:
 
 
 @pytest.fixture(scope="module")
-def report(nullgpu, tmp_path_factory) -> dict:
+def report(nullgpu, tiny_folder, tmp_path_factory) -> dict:
     """Of each case by its name, what driver.py reports."""
     folder, cases = tmp_path_factory.mktemp("cases"), []
     texts = [[user("What? " * n), assistant("That. " * n)] for n in (2, 9, 30)]
@@ -89,6 +90,9 @@ def report(nullgpu, tmp_path_factory) -> dict:
     ):
         flags += ["--prompts", held_out, "--device", device]
         cases.append({"name": name, "script": script, "flags": [*map(str, flags)]})
+    qwen3_5 = build_family("qwen3_5", tiny_folder, folder / "qwen3_5")
+    short = ["--max_steps", 2, "--model_name_or_path", qwen3_5]
+    train("linear", "cuda:0", "bf16", *short, cudnn=False)  # which a short convolution would take
     train("full", SMALL, "bf16", "--max_steps", 2)
     train("compiled", "cuda:0", "bf16", "--compile", "--max_steps", 3)
     cases += [{"name": name, "step": step} for name, step in STEPS.items()]

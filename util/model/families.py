@@ -75,23 +75,22 @@ class PackedDeltaNet(Qwen3_5GatedDeltaNet):
     """
 
     @torch.compiler.disable  # it reads lengths: compiled, it would be for these alone
-    def forward(self, hidden_states, cu_seq_lens_q=None, **kwargs):
-        """Return (1, T, hidden_size); `cu_seq_lens_q` says where segments begin and end."""
+    def forward(self, hidden_states, cu_seq_lens_q=None, cu_seq_lens_cpu=None, **kwargs):
+        """Return (1, T, hidden_size); `cu_seq_lens_cpu` says where segments begin and end."""
         forward = super().forward
-        if cu_seq_lens_q is None:  # generation: rows of their own, and a cache
+        if cu_seq_lens_cpu is None:  # generation: rows of their own, and a cache
             return forward(hidden_states, **kwargs)
         if hidden_states.is_cuda and delta_net_kernels():
-            return self.forward_by_kernels(hidden_states, cu_seq_lens_q)
-        segments = hidden_states.split(segment_lengths(cu_seq_lens_q), dim=1)
+            return self.forward_by_kernels(hidden_states, cu_seq_lens_q, cu_seq_lens_cpu)
+        segments = hidden_states.split(segment_lengths(cu_seq_lens_cpu), dim=1)
         return torch.cat([forward(segment) for segment in segments], dim=1)
 
-    def forward_by_kernels(self, hidden_states, cu_seq_lens_q):
+    def forward_by_kernels(self, hidden_states, cu_seq_lens_q, cu_seq_lens_cpu):
         """Do the same by flash-linear-attention: a whole row at once."""
         convolve, delta_rule = delta_net_kernels()
-        # `to` of a tensor that stays on the CPU leaves it there. Its lengths are then known without
-        # a look at the device.
-        ends = {"cu_seqlens": torch.Tensor.to(cu_seq_lens_q, hidden_states.device)}
-        ends["cu_seqlens_cpu"] = cu_seq_lens_q if cu_seq_lens_q.is_cpu else None
+        # `to` of a tensor that stays on the CPU would leave it there.
+        ends = torch.Tensor.to(cu_seq_lens_q, hidden_states.device, non_blocking=True)
+        ends = {"cu_seqlens": ends, "cu_seqlens_cpu": cu_seq_lens_cpu}
         mixed, gates = self.in_proj_qkv(hidden_states), self.in_proj_z(hidden_states)
         weight = self.conv1d.weight.squeeze(1).to(mixed.dtype)
         mixed, _ = convolve(mixed, weight, activation=self.activation, **ends)

@@ -67,6 +67,8 @@ class InputBuilder:
             ends = {name: self._to_device(tensor) for name, tensor in ends.items()}
         else:  # packed_sdpa reads them on the CPU
             ends = {name: stay_on_cpu(tensor) for name, tensor in ends.items()}
+        # Also there where attention reads them on the device: linear attention does not.
+        ends["cu_seq_lens_cpu"] = stay_on_cpu(micro_batch.cu_seqlens)
         return inputs | ends
 
     def normalize(self, patches: torch.Tensor) -> torch.Tensor:
