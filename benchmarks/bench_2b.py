@@ -5,7 +5,7 @@
     python -m benchmarks.bench_2b --only LoRA      # variants with this in their name
 
 Random weights of the published shape, one sample of 1,024 tokens of which 576 are of an image. The
-second step is measured: the first one compiles the 8-bit optimizer. Peak: what PyTorch's allocator
+second step is measured: the first one makes the moments. Peak: what PyTorch's allocator
 had handed out at most, on a CPU as torch.profiler counts it; resident: of the process.
 """
 
@@ -79,10 +79,7 @@ def allocator_peak(step, model, optimizer) -> int:
     Weights, and moments of an earlier step, count.
     """
     moments = [value for state in optimizer.state.values() for value in state.values()]
-    standing = [*model.parameters()]
-    for tensor in moments:  # those of torchao are made of several tensors
-        attributes = getattr(tensor, "tensor_attrs", None)
-        standing += [getattr(tensor, name) for name in attributes] if attributes else [tensor]
+    standing = [*model.parameters(), *moments]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in standing}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()

@@ -128,6 +128,17 @@ def test_a_resumed_run_is_the_run_that_would_have_been(run, monkeypatch):
         shutil.rmtree(stopped.folder)
 
 
+def test_a_resumed_run_in_bf16_lean_is_so_too(run):
+    flags = {"precision": "bf16_lean", "num_steps": 6}
+    torch.manual_seed(0)
+    straight = run("straight", **flags)
+    torch.manual_seed(0)
+    stopped = run("broken", stop_after=3, **flags)
+    resumed = run("broken", checkpoint=stopped.folder / "checkpoint-3", **flags)
+    assert losses(resumed) == losses(straight)
+    assert torch.equal(resumed.weights, straight.weights)
+
+
 def test_a_checkpoint_is_a_model_folder(saved):
     folder = saved / "checkpoint-3"
     model = AutoModelForImageTextToText.from_pretrained(folder)

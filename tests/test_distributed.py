@@ -416,7 +416,7 @@ def test_an_export_that_fails_on_the_main_process_is_survived_by_all(two_ranks):
     assert "checkpoint-2 could not be written" in log and "No space left" in log
 
 
-@pytest.mark.slow  # torchao compiles its step
+@pytest.mark.slow  # five runs
 def test_two_ranks_train_in_bf16_lean_and_one_goes_on(data, tmp_path):
     flags = {"train_data": data["mixed"], "precision": "bf16_lean", "save_steps": 2}
     flags |= {"num_epochs": 1, "learning_rate": 1e-4}
@@ -424,6 +424,7 @@ def test_two_ranks_train_in_bf16_lean_and_one_goes_on(data, tmp_path):
     drive(tmp_path, 2, *shards)
     run_script("finetune.py", *argv_of(tmp_path / "alone", flags))
     alone = losses(tmp_path / "alone")
+    assert "compiled " not in (tmp_path / "alone" / "train.log").read_text()
     for size in (1, 2):
         # Where weights are rounded is drawn anew by each rank; before the first step, nothing is.
         first, *_, last = losses(tmp_path / f"shard-{size}")

@@ -131,7 +131,8 @@ def _log_setup(config, model, data, eval_data, num_steps, device) -> None:
         f"model      {config.model_name_or_path}: {num_weights / 1e6:,.1f} M parameters "
         f"on {device}, {config.precision}, attention {model.config._attn_implementation}"
     )
-    parts = ["layers"] * config.compile + ["AdamW's step"] * (config.precision == "bf16_lean")
+    is_lean_on_cuda = config.precision == "bf16_lean" and device.type == "cuda"
+    parts = ["layers"] * config.compile + ["AdamW's step"] * is_lean_on_cuda
     if parts:
         logger.info(f"compiled   {', '.join(parts)}: the first steps can take minutes")
     logger.info(f"data       {' '.join(config.train_data)}: {data.index.summary()}")

@@ -1,13 +1,22 @@
 """Parameter groups, optimizer and learning-rate schedule."""
 
 import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-import torch._functorch.config
+import torch.distributed.tensor as dtensor
 from torch.distributed.tensor import DTensor
 
 from util.config import Config
 from util.model.families import part_of
+
+# Of AdamW in bf16_lean, as torch has them by default.
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+MOMENTS, SCALES = ("exp_avg", "exp_avg_sq"), ("exp_avg_scale", "exp_avg_sq_scale")
+# Values that it updates at a time. The CPU's caches hold what it works on.
+LEAN_VALUES = {"cpu": 2**18, "cuda": 2**24}
 
 
 def parameter_groups(model, config: Config) -> list[dict]:
@@ -38,7 +47,7 @@ def build_optimizer(model, config: Config) -> torch.optim.Optimizer:
     """
     groups = parameter_groups(model, config)
     if config.precision == "bf16_lean":
-        return _build_lean_adamw(groups)
+        return LeanAdamW(groups)
     return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
@@ -51,42 +60,164 @@ def lean_block_size(parameter: torch.Tensor) -> int | None:
     if parameter.ndim < 2 or parameter.numel() < 4096:
         return None
     row = parameter.shape[1:].numel()
-    largest = max(size for size in range(1, 257) if row % size == 0)
-    return largest if largest >= 64 else None
+    return next((size for size in range(256, 63, -1) if row % size == 0), None)
 
 
-def _build_lean_adamw(groups: list[dict]) -> torch.optim.Optimizer:
-    from torchao.optim import AdamW8bit  # takes seconds to import
-    from torchao.optim.subclass_8bit import OptimState8bit
+class LeanAdamW(torch.optim.Optimizer):
+    """AdamW with moments of 8 bits, for bf16 weights, which it rounds stochastically.
 
-    class LeanAdamW(AdamW8bit):
-        """AdamW8bit for shards of any size.
+    It takes LEAN_VALUES at a time, of a part of a large tensor or of several small ones: that
+    bounds the memory of a step, and what the host has to start. On CUDA, a kernel compiled for each
+    size of a block does all; a kernel for each operation would move some ten times the bytes.
+    """
 
-        torchao 0.18.0 decides by a rank's own shard what is kept in 8 bits, and the dtype that it
-        gives a moment is lost as the moment becomes a shard, so that compiling its step fails.
-        """
+    def __init__(self, groups: list[dict]):
+        super().__init__(groups, {"lr": 0.0, "step": 0})
+        device = self.param_groups[0]["params"][0].device
+        self._num_values = LEAN_VALUES[device.type]
+        self._codes = [[t.to(device) for t in make_code(signed)] for signed in (True, False)]
+        self._update = _update_lean
+        if device.type == "cuda":
+            self._update = torch.compile(_update_lean, fullgraph=True, dynamic=False)
 
-        def _new_buffer(self, p: torch.Tensor, signed: bool) -> torch.Tensor:
-            block_size, sharded = lean_block_size(p), isinstance(p, DTensor)
-            if sharded:
-                num_rows, num_shards = p.shape[0], p.device_mesh["shard"].size()
-                if -(-num_rows // num_shards) * (num_shards - 1) >= num_rows:
-                    block_size = None  # the last ranks have no rows, of which torchao makes nothing
-            if block_size is None:
-                # In bf16, 0.999 of a second moment is rounded back to all of it: it never falls.
-                return torch.zeros_like(p, dtype=torch.float32)
-            local = p.to_local() if sharded else p
-            moment = OptimState8bit.zeros(local.shape, signed, block_size, local.device)
-            if not sharded:
-                return moment
-            return DTensor.from_local(
-                moment, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()
-            )
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take a state as it is: torch would give the moments the dtype of the weights."""
+        super().load_state_dict(state_dict)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
+            for parameter, key in zip(group["params"], saved["params"]):
+                self.state[parameter] = dict(state_dict["state"].get(key, {}))
 
-    # The cache of compiled code on disk tells such moments apart by their shape alone, not by their
-    # blocks (torchao 0.18.0 has no _stable_hash for them): code of other runs could be taken.
-    torch._functorch.config.enable_autograd_cache = False
-    return LeanAdamW(groups, lr=0.0, bf16_stochastic_round=True)
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Update all weights that have a gradient. closure: None."""
+        for group in self.param_groups:
+            group["step"] += 1
+            corrections = [1 - beta ** group["step"] for beta in BETAS]
+            # Tensors: numbers would be compiled in.
+            factors = [
+                torch.tensor(group["lr"] / corrections[0]),
+                torch.tensor(corrections[1] ** -0.5),
+                torch.tensor(group["lr"] * group["weight_decay"]),
+            ]
+            by_block_size = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    block_size = lean_block_size(parameter)
+                    by_block_size[block_size].append(self._blocks_of(parameter, block_size))
+            for block_size, tensors in by_block_size.items():
+                update = self._update if block_size else _update_lean
+                for chunk in _chunks(tensors, self._num_values // (block_size or 1)):
+                    _update_together(partial(update, *self._codes, factors), chunk)
+
+    def _blocks_of(self, parameter: torch.Tensor, block_size: int | None) -> list[torch.Tensor]:
+        """Return gradient, weights, moments and their scales, of this rank, with a block a row."""
+        state, row = self.state[parameter], parameter.shape[1:].numel()
+        if not state and block_size:
+            state |= {name: _zeros(parameter, row, torch.uint8) for name in MOMENTS}
+            state |= {name: _zeros(parameter, row // block_size, torch.float32) for name in SCALES}
+        elif not state:
+            state |= {name: _zeros(parameter, row, torch.float32) for name in MOMENTS}
+        tensors = [parameter.grad, parameter, *(state[name] for name in MOMENTS)]
+        blocks = [_local(tensor).reshape(-1, block_size or 1) for tensor in tensors]
+        return blocks + [_local(state[name]).view(-1, 1) for name in SCALES if block_size]
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _zeros(parameter: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return zeros of shape (rows of `parameter`, width), sharded as it is."""
+    shape = len(parameter), width
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        return dtensor.zeros(shape, dtype=dtype, device_mesh=mesh, placements=placements)
+    return torch.zeros(shape, dtype=dtype, device=parameter.device)
+
+
+def _chunks(tensors: list[list[torch.Tensor]], num_rows: int) -> Iterator[list[list]]:
+    """Yield what lies at the same rows of each parameter's tensors, `num_rows` at most at a time.
+
+    Of small parameters, that is several.
+    """
+    chunk, free = [], num_rows
+    for of_parameter in tensors:
+        for start in range(0, len(of_parameter[0]), num_rows):
+            rows = [tensor[start : start + num_rows] for tensor in of_parameter]
+            if len(rows[0]) > free:
+                yield chunk
+                chunk, free = [], num_rows
+            chunk.append(rows)
+            free -= len(rows[0])
+    if chunk:
+        yield chunk
+
+
+def _update_together(update: Callable, chunk: list[list]) -> None:
+    """Call `update`, which changes all tensors but gradients, on parameters joined to one."""
+    parts = list(zip(*chunk))
+    joined = [torch.cat(part) if len(chunk) > 1 else part[0] for part in parts]
+    for tensor in joined:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)  # compiled once for any number of rows
+    update(*joined)
+    if len(chunk) > 1:
+        for part, tensor in zip(parts[1:], joined[1:]):
+            torch._foreach_copy_(part, tensor.split([len(rows) for rows in part]))
+
+
+def make_code(signed: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the 256 values that 8 bits stand for, in order; where the next one is nearer; a table.
+
+    The values are those of bitsandbytes and torchao, `create_dynamic_map`, finer towards zero
+    (https://arxiv.org/abs/1511.04561). The table has for each upper half of an fp32's bits the code
+    of the lowest number with it: where the number itself has another, it is the next.
+    """
+    values = [torch.tensor([0.0, 1.0])]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
+        means = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
+        values += [means, -means] if signed else [means]
+    values = torch.cat(values).sort().values
+    middles = torch.cat([(values[:-1] + values[1:]) / 2, torch.tensor([math.inf])])
+    lowest = torch.arange(2**16, dtype=torch.int32) << 16
+    lowest[2**15 :] += 2**16 - 1  # of negative numbers
+    table = torch.bucketize(lowest.view(torch.float32), middles[:-1], right=True)
+    return values, middles, table.to(torch.uint8)
+
+
+def decode(codes: torch.Tensor, scales: torch.Tensor | None, code: list) -> torch.Tensor:
+    if scales is None:
+        return codes
+    return code[0].index_select(0, codes.flatten().int()).view_as(codes) * scales
+
+
+def encode(moment: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None, code) -> None:
+    if scales is None:
+        codes.copy_(moment)
+        return
+    _, middles, table = code
+    scales.copy_(moment.abs().amax(-1, keepdim=True).clip(1e-12))
+    moment = (moment / scales).flatten()
+    found = table.index_select(0, (moment.view(torch.int32) >> 16) & 0xFFFF)
+    found += moment >= middles.index_select(0, found.int())
+    codes.copy_(found.view_as(codes))
+
+
+def _update_lean(
+    signed, unsigned, factors, grads, weights, first, second, first_scales=None, second_scales=None
+) -> None:
+    """Update blocks of weights and moments in place."""
+    lr, correction, decay = factors
+    moment = decode(first, first_scales, signed).lerp(grads.float(), 1 - BETAS[0])
+    square = decode(second, second_scales, unsigned).lerp(grads.float().square(), 1 - BETAS[1])
+    change = lr * moment / (square.sqrt() * correction + EPSILON) + decay * weights
+    encode(moment, first, first_scales, signed)
+    encode(square, second, second_scales, unsigned)
+    # bf16 is the upper half of fp32. Random bits added below carry into it as often as what is cut
+    # off says: on average, nothing is lost.
+    bits = (weights.float() - change).view(torch.int32)
+    bits = (bits + torch.randint_like(bits, 2**16)) & -(2**16)
+    weights.copy_(bits.view(torch.float32))
 
 
 def moment_bytes(parameter: torch.Tensor, config: Config) -> int:
@@ -100,24 +231,13 @@ def moment_bytes(parameter: torch.Tensor, config: Config) -> int:
     return 2 * count * 4
 
 
-def optimizer_step_bytes(parameters: list[torch.Tensor], config: Config) -> int:
-    """Return what an optimizer step takes besides: in bf16_lean, two fp32 copies of a tensor.
-
-    Seen on a CPU with torchao 0.18.0, which steps through the tensors one by one.
-    """
-    return 8 * max(p.numel() for p in parameters) if config.precision == "bf16_lean" else 0
-
-
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, step: int, num_steps: int, config: Config
 ) -> float:
     """Set the learning rate of a step, counted from 0, in every parameter group; return it."""
     lr = learning_rate_at(step, num_steps, config.learning_rate, config.warmup_ratio)
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):  # AdamW8bit: a number would be compiled in
-            group["lr"].fill_(lr * group["lr_scale"])
-        else:
-            group["lr"] = lr * group["lr_scale"]
+        group["lr"] = lr * group["lr_scale"]
     return lr
 
 

@@ -15,7 +15,7 @@ from util.config import UserError
 from util.model.families import part_of
 from util.model.load import load_model_to_answer
 from util.model.loss import cross_entropy_sum
-from util.optim import build_optimizer, lean_block_size, set_learning_rate
+from util.optim import build_optimizer, set_learning_rate
 from util.tools.merge_adapter import merge_adapter
 
 
@@ -190,28 +190,3 @@ def test_200_steps_on_4_bits_end_near_those_on_16(held_out_loss):
     lora = ("--lora_rank", 8, "--learning_rate", 1e-3)
     rounded, whole = (held_out_loss(precision, *lora) for precision in ("bf16_4bit", "bf16"))
     assert rounded == pytest.approx(whole, rel=0.03)
-
-
-def test_8_bit_moments_are_those_of_whole_rows():
-    """Shards are rows: no block of values with one scale may lie in two of them."""
-
-    def size(*shape):
-        return lean_block_size(torch.empty(shape, device="meta"))
-
-    assert size(256, 1536) == size(1280, 1280) == 256
-    assert (size(8192, 29568), size(1280, 3420), size(1280, 3, 2, 14, 14)) == (231, 228, 196)
-    assert size(5120) is size(8, 128) is size(4096, 61) is None
-
-
-@pytest.mark.slow  # torchao compiles its step
-def test_the_second_moments_of_norms_and_biases_fall_in_bf16_lean():
-    """Kept in bf16, they would never: 0.999 of a value is rounded back to the value."""
-    bias = torch.nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))
-    model = torch.nn.ParameterDict({"bias": bias})
-    optimizer = build_optimizer(model, tiny_config(precision="bf16_lean"))
-    set_learning_rate(optimizer, 0, 1, tiny_config(learning_rate=1e-5))
-    for step in range(1000):
-        bias.grad = torch.full_like(bias, 7.0 if step < 3 else 0.1)
-        optimizer.step()
-    expected = sum(0.001 * 0.999 ** (999 - i) * (49 if i < 3 else 0.01) for i in range(1000))
-    assert optimizer.state[bias]["exp_avg_sq"].float().mean() == pytest.approx(expected, rel=0.01)

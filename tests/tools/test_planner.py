@@ -51,11 +51,8 @@ def larger_tiny(tiny_folder, tmp_path_factory) -> str:
         {"supervise": "all", "lora_rank": 8},  # logits and their fp32 chunks are much of it
         {"family": "qwen3_5"},  # states of linear attention
         {"lora_rank": 8, "precision": "bf16_4bit", "gradient_checkpointing": "all"},
-        # Slow: torchao compiles its step. Short, so that the step is the peak.
-        pytest.param(
-            {"precision": "bf16_lean", "gradient_checkpointing": "all", "batch_size": 1},
-            marks=pytest.mark.slow,
-        ),
+        # Short, so that the step is the peak.
+        {"precision": "bf16_lean", "gradient_checkpointing": "all", "batch_size": 1},
     ],
 )
 def test_the_planned_peak_is_the_real_one(

@@ -23,7 +23,7 @@ from util.model.inputs import InputBuilder
 from util.model.load import empty_model
 from util.model.loss import cross_entropy_sum
 from util.model.parts import prepare_for_training
-from util.optim import moment_bytes, optimizer_step_bytes
+from util.optim import moment_bytes
 from util.run import shard_size
 
 # Flags to try where memory is short, in this order: those that leave the mathematics alone first.
@@ -170,7 +170,6 @@ def plan_memory(
     micro_batch = data.samples.collate([data.samples[i] for i in samples])
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = _fake_model(model_config, config, mode)
-    trained = [p for p in model.parameters() if p.requires_grad]
     states = _states_of(model, config)
     if shard_size > 1 and config.uses_autocast:
         # So fully_shard gathers them, of which autocast then makes no copies.
@@ -189,12 +188,11 @@ def plan_memory(
         begun = sum(states) - (0 if is_accumulated else states.gradients)
         passes = begun / shard_size + activations + gathered
         passes = max(passes, sum(states) / shard_size + at_the_end)
-    optimizer_step = (sum(states) + optimizer_step_bytes(trained, config)) / shard_size
     kinds = {
         **{name: size / shard_size for name, size in states._asdict().items()},
         "activations": activations - logits_bytes + gathered,
         "logits": logits_bytes,
-        "peak": max(passes, optimizer_step),
+        "peak": max(passes, sum(states) / shard_size),
     }
     result = {f"{kind}_gib": round(size / GIB, 3) for kind, size in kinds.items()}
     return result | {"num_tokens": micro_batch.input_ids.shape[1], "num_samples": len(samples)}
