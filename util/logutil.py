@@ -220,8 +220,8 @@ class MetricsFile:
 
 def versions() -> dict[str, str]:
     """Return the versions of what a run depends on."""
-    names = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "peft", "torchao")
-    names += ("av", "pillow", "numpy")
+    names = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "peft", "av")
+    names += ("pillow", "numpy")
     installed = {name: importlib.metadata.version(name) for name in names}
     return {"python": platform.python_version(), **installed}
 
