@@ -14,7 +14,10 @@ NUM_EPOCHS=""                       # empty: 3; tiny: 60
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source util/setup_env.sh requirements.txt
-export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"  # smaller gaps
+# Smaller gaps in memory. PyTorch asks NVML first, which comes with nvidia-smi, and crashes without.
+if command -v nvidia-smi > /dev/null; then
+    export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+fi
 
 exec python finetune.py \
     ${MODEL:+--model_name_or_path "$MODEL"} \

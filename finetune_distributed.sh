@@ -30,7 +30,10 @@ if [[ "$CUDA_VISIBLE_DEVICES" == all ]]; then
     fi
 fi
 export CUDA_VISIBLE_DEVICES
-export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+# Smaller gaps in memory. PyTorch asks NVML first, which comes with nvidia-smi, and crashes without.
+if command -v nvidia-smi > /dev/null; then
+    export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+fi
 IFS=, read -ra gpus <<< "$CUDA_VISIBLE_DEVICES"
 if [[ ${#gpus[@]} -gt 1 ]]; then
     launcher=(accelerate launch --multi_gpu --mixed_precision no --dynamo_backend no

@@ -15,6 +15,8 @@ from util.model.tiny import CHAT_TEMPLATE, build_config, cached_tiny_model
 
 # Two test processes share two cores.
 torch.set_num_threads(1)
+# What a shell runs in the background ignores Ctrl-C, and so would all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionfinish():

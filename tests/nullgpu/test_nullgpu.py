@@ -1,6 +1,7 @@
 """The scripts on GPUs that compute nothing, as the launchers start them: what they ask for."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -51,7 +52,9 @@ def nullgpu(tmp_path_factory) -> dict:
     """The environment of a process whose GPUs compute nothing."""
     folder = tmp_path_factory.mktemp("nullgpu")
     run_script(HERE / "build.sh", folder)
+    (folder / "nvidia-smi").touch(0o777)  # the launchers look whether there is one
     return {
+        "PATH": f"{folder}:{os.environ['PATH']}",
         "LD_PRELOAD": f"{folder}/libcuda.so.1",
         "TRITON_LIBCUDA_PATH": str(folder),
         "NULLGPU_DEVICES": DEVICES,
