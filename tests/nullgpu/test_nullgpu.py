@@ -202,9 +202,10 @@ def test_the_optimizer_of_bf16_lean_takes_little_of_the_host(report):
     """For 2B, it took 360 ms of CPU time, and a graph was compiled for each of 17 shapes."""
     step = report["2B in bf16_lean, one text"]
     assert step["optimizer_ms"] < 100
-    assert step["num_graphs"] == 2  # blocks of 256 values and, to take patches in, of 196
+    # What is compiled for the four sizes of blocks in tiny serves those of 2B, whatever its shapes.
     first, *others = report["lean"]["steps"]
-    assert all(other["graphs"] == first["graphs"] for other in others)
+    assert first["graphs"] - report["compiled"]["steps"][-1]["graphs"] == 4
+    assert {other["graphs"] - first["graphs"] for other in others} == {0} == {step["num_graphs"]}
 
 
 @pytest.mark.slow
