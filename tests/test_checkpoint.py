@@ -37,13 +37,13 @@ APPEND = logutil.MetricsFile.append
 def train_in(
     folder, data, tiny, name="out", stop_after=None, checkpoint=None, bad_losses=(), **flags
 ):
-    """Train in this process, in the folder `name` of `folder`: 20 steps, four an epoch.
+    """Train in this process, in the folder `name` of `folder`: 12 steps, four an epoch.
 
     stop_after: SIGTERM comes once that step has been logged. bad_losses: micro-batches whose loss
     is infinite, counted from 1.
     """
     saving.logger.propagate = True
-    output_dir, num_steps = folder / name, flags.pop("num_steps", 20)
+    output_dir, num_steps = folder / name, flags.pop("num_steps", 12)
     flags = FLAGS | {"output_dir": str(output_dir), "train_data": [data]} | flags
     run = set_up(tiny_config(**flags), tiny)
     calls, eval_data = itertools.count(1), None
@@ -194,7 +194,7 @@ def test_early_stopping_ends_a_run_with_its_best_weights(run, held_out, caplog):
     evaluated = dict(evaluations(straight)[1:])
     best = min(evaluated, key=evaluated.get)
     last = best + 2
-    assert list(evaluated) == list(range(1, last + 1)) and last < 20
+    assert list(evaluated) == list(range(1, last + 1)) and last < 12
     assert f"not fallen since step {best}" in caplog.text
     # A signal costs the evaluation of its step, which the resumed run makes up for. One that was
     # at its end has nothing to do.
