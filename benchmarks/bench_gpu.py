@@ -5,9 +5,10 @@
         CUDA_VISIBLE_DEVICES=0 python -m benchmarks.bench_gpu
 
 A micro-batch of some 4,095 tokens. Counted: launches of kernels and matrix products, and waits.
-Host: milliseconds of CPU time on this machine. Allocated: by PyTorch at most, in GiB, beside what
-the planner said. With several GPUs, it is one of them; the others do not exist. Estimated: what the
-GPU would take, see Roofline; what is compiled is not estimated.
+Host: milliseconds of CPU time on this machine. In GiB, the most that PyTorch's allocator had handed
+out, what it had reserved for that, in segments that grow, as the launchers ask for, and in fixed
+ones, and what was planned. With several GPUs, it is one of them; the others do not exist.
+Estimated: what the GPU would take, see Roofline; what is compiled is not estimated.
 """
 
 import ctypes
@@ -19,6 +20,7 @@ import time
 from collections import Counter
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -110,10 +112,10 @@ def take_counts() -> Counter:
     return total
 
 
-def write_data(folder: Path, name: str, encoder) -> str:
-    """Write a data file of DATA; a digit is a token."""
+def write_data(folder: Path, samples: list[tuple], encoder) -> str:
+    """Write a data file of samples as in DATA; a digit is a token."""
     records = []
-    for num_images, side, num_tokens, num_supervised in DATA[name]:
+    for num_images, side, num_tokens, num_supervised in samples:
         content = [{"type": "text", "text": ""}]
         if num_images:
             Image.new("RGB", (side, side)).save(folder / "a.png")
@@ -127,34 +129,69 @@ def write_data(folder: Path, name: str, encoder) -> str:
     return str(path)
 
 
-def measure_step(data: str, model: str = "2B", num_gpus: int = 1, **flags) -> dict:
-    """Return what a step takes on a GPU, its states over `num_gpus`, and what was planned of it."""
-    gc.collect()  # what earlier steps have left
-    torch.cuda.empty_cache()
+def prepare_step(
+    data: str, model: str = "2B", num_gpus: int = 1, repeats: int = 1, **flags
+) -> SimpleNamespace:
+    """Return all that a step takes but the model, and the GiB that are planned for it.
+
+    A step has the samples of DATA `repeats` times.
+    """
     with tempfile.TemporaryDirectory() as folder:
         name = f"Qwen/Qwen2-VL-{model}-Instruct"
-        flags = {"model_name_or_path": name, "batch_size": len(DATA[data])} | flags
-        config = fill_defaults(Config(**flags), "cuda")
+        batch_size = repeats * len(DATA[data])
+        config = Config(model_name_or_path=name, batch_size=batch_size, **flags)
+        config = fill_defaults(config, "cuda")
         processor, encoder, model_config = load_for_plan(config)
-        planned_data = prepare_data([write_data(Path(folder), data, encoder)], encoder, config)
-        (samples,) = next(planned_data.plan.steps(0, 1)).micro_batches[0]
-        micro_batch = planned_data.samples.collate([planned_data.samples[i] for i in samples])
+        path = write_data(Path(folder), repeats * DATA[data], encoder)
+        planned_data = prepare_data([path], encoder, config)
+        batches = next(planned_data.plan.steps(0, 1)).micro_batches[0]
+        read = planned_data.samples
+        micro_batches = [read.collate([read[i] for i in numbers]) for numbers in batches]
         planned = plan_memory(model_config, processor, config, planned_data, num_gpus)
-    attention = choose_attention(CUDA, config.precision)
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(model_config)
+    samples = [i for numbers in batches for i in numbers]
+    return SimpleNamespace(
+        config=config,
+        num_gpus=num_gpus,
+        processor=processor,
+        model_config=model_config,
+        num_operations=FlopCounter(model, planned_data.index, config)(samples),
+        micro_batches=[micro_batch.pin_memory() for micro_batch in micro_batches],
+        planned_gib=planned["peak_gib"],
+    )
+
+
+def build_model(step: SimpleNamespace, attention: str):
+    """Return a model on the GPU, prepared for training, with this GPU's share of the weights."""
     register_attention(attention)
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(
-            model_config, dtype=torch.float32, attn_implementation=attention
+            step.model_config, dtype=torch.float32, attn_implementation=attention
         ).train()
-    prepare_for_training(model, config)
-    num_operations = FlopCounter(model, planned_data.index, config)(samples)
-    if num_gpus > 1:
-        dist.init_process_group("fake", rank=0, world_size=num_gpus, store=FakeStore())
-        mesh = init_device_mesh("cuda", (1, num_gpus), mesh_dim_names=("replicate", "shard"))
-        shard_model(model, mesh, config)
+    prepare_for_training(model, step.config)
+    if step.num_gpus > 1:
+        shape = (1, step.num_gpus)
+        mesh = init_device_mesh("cuda", shape, mesh_dim_names=("replicate", "shard"))
+        shard_model(model, mesh, step.config)
     model.to_empty(device=CUDA)
     model.tie_weights()
-    inputs = InputBuilder(processor, attention, CUDA), micro_batch.pin_memory()
+    return model
+
+
+def measure_step(step: SimpleNamespace, segments_grow: bool = True) -> dict:
+    """Return what a step takes on a GPU, its states over `num_gpus`, and what was planned of it.
+
+    step: of prepare_step. segments_grow: the allocator's expandable_segments, set by the launchers.
+    """
+    gc.collect()  # what earlier steps have left
+    torch.cuda.empty_cache()
+    torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{segments_grow}")
+    if step.num_gpus > 1:
+        dist.init_process_group("fake", rank=0, world_size=step.num_gpus, store=FakeStore())
+    config, attention = step.config, choose_attention(CUDA, step.config.precision)
+    model = build_model(step, attention)
+    inputs = InputBuilder(step.processor, attention, CUDA), step.micro_batches
     optimizer = build_optimizer(model, config)
     set_learning_rate(optimizer, 1, 100, config)
     spans, num_graphs = [], counters["stats"]["unique_graphs"]  # spans: in the optimizer
@@ -173,23 +210,23 @@ def measure_step(data: str, model: str = "2B", num_gpus: int = 1, **flags) -> di
         counts = take_counts()
     peaks = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
     roofline = Roofline()
-    if num_gpus == 1 and not config.compile and config.precision == "bf16":
+    if step.num_gpus == 1 and not config.compile and config.precision == "bf16":
         with roofline:
             run_step(model, inputs, optimizer, config)
-    if num_gpus > 1:
+    if step.num_gpus > 1:
         dist.destroy_process_group()
     return {
-        "num_tokens": micro_batch.input_ids.shape[1],
+        "num_tokens": sum(batch.input_ids.shape[1] for batch in step.micro_batches),
         "first_seconds": first,
         "num_graphs": counters["stats"]["unique_graphs"] - num_graphs,
         "host_ms": 1000 * min(seconds),
         "optimizer_ms": 1000 * min(spans),
         "allocated_gib": peaks[0],
         "reserved_gib": peaks[1],
-        "planned_gib": planned["peak_gib"],
+        "planned_gib": step.planned_gib,
         "estimated_ms": {gpu: 1000 * seconds for gpu, seconds in roofline.seconds.items()},
         "estimated_mfu": {
-            gpu: num_operations / seconds / PEAK_FLOPS[gpu]
+            gpu: step.num_operations / seconds / PEAK_FLOPS[gpu]
             for gpu, seconds in roofline.seconds.items()
         },
         "counts": counts,
@@ -197,35 +234,48 @@ def measure_step(data: str, model: str = "2B", num_gpus: int = 1, **flags) -> di
 
 
 def run_step(model, inputs, optimizer, config: Config) -> None:
-    """Run a step of one micro-batch, as the loop does."""
-    build_inputs, micro_batch = inputs
-    with torch.autocast("cuda", torch.bfloat16, enabled=config.uses_autocast, cache_enabled=False):
-        logits = model(**build_inputs(micro_batch)).logits
-    targets = micro_batch.targets.to(CUDA, non_blocking=True)
-    loss_sum = cross_entropy_sum(logits, targets)
-    del logits
-    (loss_sum / len(targets)).backward()
+    """Run a step, as the loop does."""
+    build_inputs, micro_batches = inputs
+    num_supervised_tokens = sum(len(micro_batch.targets) for micro_batch in micro_batches)
+    autocast = torch.autocast(
+        "cuda", torch.bfloat16, enabled=config.uses_autocast, cache_enabled=False
+    )
+    for micro_batch in micro_batches:
+        with autocast:
+            logits = model(**build_inputs(micro_batch)).logits
+        targets = micro_batch.targets.to(CUDA, non_blocking=True)
+        loss_sum = cross_entropy_sum(logits, targets)
+        del logits
+        (loss_sum / num_supervised_tokens).backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
+def measure_both(data: str, **flags) -> dict:
+    """Return what measure_step does, and as `fixed_gib` what segments that do not grow take."""
+    step = prepare_step(data, **flags)
+    fixed = measure_step(step, segments_grow=False)
+    return measure_step(step) | {"fixed_gib": fixed["reserved_gib"]}
+
+
 def main() -> None:
     """Measure steps of all data, and print two tables."""
     rows = {
-        data + ", `--compile`" * compiled: measure_step(data, compile=compiled)
+        data + ", `--compile`" * compiled: measure_both(data, compile=compiled)
         for compiled in (False, True)
         for data in DATA
     }
-    rows["one text, `bf16_lean`"] = measure_step("one text", precision="bf16_lean")
+    rows["one text, `bf16_lean`"] = measure_both("one text", precision="bf16_lean")
     for data, layers in (("one text", "none"), ("2 images", "all")):
         flags = {"model": "7B", "num_gpus": 8, "gradient_checkpointing": layers}
-        rows[f"{data}, 7B on one of 8 GPUs, checkpointed {layers}"] = measure_step(data, **flags)
-    print_header("2B, bf16", "launches", "waits", "host ms", "allocated", "reserved", "planned")
+        rows[f"{data}, 7B on one of 8 GPUs, checkpointed {layers}"] = measure_both(data, **flags)
+    memory = ("allocated", "reserved", "fixed", "planned")
+    print_header("2B, bf16", "launches", "waits", "host ms", *memory)
     for name, row in rows.items():
         cells = row["counts"]["launches"], row["counts"]["waits"], row["host_ms"]
-        print_row(name, *cells, *(row[f"{k}_gib"] for k in ("allocated", "reserved", "planned")))
+        print_row(name, *cells, *(row[f"{kind}_gib"] for kind in memory))
     print_header("estimated", *(f"{gpu}: {unit}" for gpu in BANDWIDTH for unit in ("ms", "MFU")))
     for name, row in rows.items():
         if row["estimated_ms"]:

@@ -27,7 +27,7 @@ from torch._dynamo.utils import counters
 from transformers import GenerationMixin
 
 import finetune
-from benchmarks.bench_gpu import measure_step, take_counts
+from benchmarks.bench_gpu import measure_step, prepare_step, take_counts
 from helpers import call
 from util.config import UserError
 from util.run import explain_out_of_memory, is_main_process, run_rank
@@ -83,7 +83,7 @@ def main() -> None:
         for path in case.get("remove", []):
             shutil.rmtree(path, ignore_errors=True)
         if "step" in case:
-            report[case["name"]] = measure_step(**case["step"])
+            report[case["name"]] = measure_step(prepare_step(**case["step"]))
         else:
             report[case["name"]] = run_case(case["script"], case["flags"])
         torch.cuda.empty_cache()
