@@ -134,6 +134,7 @@ def data(mixed_data, tmp_path_factory) -> dict:
     files = {
         "train": mixed[:20],
         "held_out": mixed[20:],
+        "few": mixed[:3],  # whose answers are short
         # Four each of text, image and video.
         "unlike": [
             [user(*media[i % 3], text(f"What {i}?")), assistant(f"That {i}.")] for i in range(12)
@@ -149,8 +150,7 @@ def data(mixed_data, tmp_path_factory) -> dict:
 @pytest.fixture(scope="module")
 def runs(data) -> dict:
     """What both one process and two ranks train: flags by name."""
-    names = ("mixed", "faulty", "train", "held_out")
-    mixed, faulty, train, held_out = (data[name] for name in names)
+    mixed, faulty, train, few = (data[name] for name in ("mixed", "faulty", "train", "few"))
     bf16 = {"train_data": train, "precision": "bf16", "batch_size": 4, "max_steps": 5}
     return {
         "twelve": {"train_data": mixed, "save_steps": 7, "keep_checkpoints": 3},
@@ -160,12 +160,12 @@ def runs(data) -> dict:
         # Everything that saves memory, but what rounds. Saved after an evaluation: what that
         # gathers must be sharded again.
         "savers": {"gradient_checkpointing": "all", "lora_rank": 4, "train": ["llm", "vision"]}
-        | {"train_data": mixed, "eval_data": held_out, "eval_steps": 4, "eval_generate": 3}
+        | {"train_data": mixed, "eval_data": few, "eval_steps": 4, "eval_generate": 3}
         | {"save_steps": 4, "max_steps": 4},
         "bf16": bf16,
         "bf16-lora": bf16 | {"lora_rank": 4},
         "4bit": bf16 | {"lora_rank": 4, "precision": "bf16_4bit"},
-        "early": {"train_data": mixed, "eval_data": held_out, "eval_steps": 1, "early_stopping": 1}
+        "early": {"train_data": mixed, "eval_data": few, "eval_steps": 1, "early_stopping": 1}
         | {"learning_rate": 0.5, "warmup_ratio": 1.0, "keep_checkpoints": 1},
     }
 
