@@ -91,6 +91,10 @@ class Roofline(TorchDispatchMode):
             self.seconds[gpu] += max(operations / rates[0], num_bytes / rates[1], 2.5e-6)
         return result
 
+    def mfu(self, num_operations: float) -> dict[str, float]:
+        """Return, by GPU, the share of its peak that this many operations in that time are."""
+        return {gpu: num_operations / s / PEAK_FLOPS[gpu] for gpu, s in self.seconds.items()}
+
 
 def bytes_of(value) -> int:
     """Return the bytes of a tensor on the GPU; what is repeated in it is read once."""
@@ -224,12 +228,9 @@ def measure_step(step: SimpleNamespace, segments_grow: bool = True) -> dict:
         "allocated_gib": peaks[0],
         "reserved_gib": peaks[1],
         "planned_gib": step.planned_gib,
-        "estimated_ms": {gpu: 1000 * seconds for gpu, seconds in roofline.seconds.items()},
-        "estimated_mfu": {
-            gpu: step.num_operations / seconds / PEAK_FLOPS[gpu]
-            for gpu, seconds in roofline.seconds.items()
-        },
         "counts": counts,
+        "estimated_ms": {gpu: 1000 * least for gpu, least in roofline.seconds.items()},
+        "estimated_mfu": roofline.mfu(step.num_operations),
     }
 
 

@@ -19,6 +19,14 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Begun first, since at the end one process would wait for them.
+LONGEST = ("test_distributed.py", "test_nullgpu.py", "test_checkpoint.py", "test_planner.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def pytest_sessionfinish():
     """End the loader's workers of runs that have failed: Python would wait for them."""
     for worker in multiprocessing.active_children():
