@@ -119,11 +119,14 @@ class _MemoryTracker(TorchDispatchMode):
     """Follows the bytes of all fake storages that operations make, and their peak.
 
     Views of `standing` tensors make nothing new. `peak_beside_gradients`: of all but gradients.
+    `peak_of_shard`: with `bytes_left` for each value of a gradient that backward has left.
     """
 
-    def __init__(self, standing):
+    def __init__(self, standing, bytes_left: float):
         super().__init__()
-        self.now = self.gradients = self.peak = self.peak_beside_gradients = 0
+        self.now = self.gradients = self.left = 0
+        self.peak = self.peak_beside_gradients = self.peak_of_shard = 0
+        self._bytes_left = bytes_left
         self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in standing)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -142,11 +145,14 @@ class _MemoryTracker(TorchDispatchMode):
 
     def _note_peaks(self) -> None:
         self.peak = max(self.peak, self.now)
-        self.peak_beside_gradients = max(self.peak_beside_gradients, self.now - self.gradients)
+        beside = self.now - self.gradients
+        self.peak_beside_gradients = max(self.peak_beside_gradients, beside)
+        self.peak_of_shard = max(self.peak_of_shard, beside + self.left)
 
     def count_gradient(self, parameter) -> None:
         """Note that backward has left the gradient of a parameter."""
         self.gradients += parameter.grad.untyped_storage().nbytes()
+        self.left += parameter.numel() * self._bytes_left
 
     def _follow(self, storage) -> None:
         if storage not in self._known:
@@ -164,7 +170,7 @@ def plan_memory(
     """Return GiB by kind, and the peak, of the step with the largest micro-batch of `data`.
 
     With `shard_size` GPUs sharing the states: of one of them, estimated from what fully_shard
-    gathers.
+    gathers and reduces, which counts as activations.
     """
     samples, is_accumulated = largest_micro_batch(data, model_config, config)
     micro_batch = data.samples.collate([data.samples[i] for i in samples])
@@ -176,21 +182,28 @@ def plan_memory(
         for parameter in chain(*(block.parameters() for block in _blocks_of(model))):
             if parameter.is_floating_point():
                 parameter.data = parameter.data.bfloat16()
-    # From the second micro-batch of a step on, gradients stand already.
-    tracker, logits_bytes = _follow_memory(
-        model, processor, micro_batch, config, mode, 1 + is_accumulated
+    # From the second micro-batch of a step on, gradients stand already, but with shards not whole.
+    num_passes = 1 + is_accumulated if shard_size == 1 else 1
+    # Until backward ends, fully_shard keeps what it has reduced, in fp32, for replicas, also where
+    # there is one (torch 2.14, `_all_reduce_state`). That is the gradient itself, unless this is
+    # bf16 or stands already.
+    bytes_left = 6 if config.precision == "bf16_lean" and not is_accumulated else 4
+    tracker, at_logits, logits_bytes = _follow_memory(
+        model, processor, micro_batch, config, mode, num_passes, bytes_left / shard_size
     )
-    activations, gathered = tracker.peak_beside_gradients, 0
+    activations = tracker.peak_beside_gradients
     if shard_size == 1:  # gradients grow while activations fall
         passes = states.weights + states.optimizer + tracker.peak
     else:
-        gathered, at_the_end = _gathered_bytes(model)
+        with_logits, gathered, at_the_end = _gathered_bytes(model)
         begun = sum(states) - (0 if is_accumulated else states.gradients)
-        passes = begun / shard_size + activations + gathered
-        passes = max(passes, sum(states) / shard_size + at_the_end)
+        passes = begun / shard_size + max(
+            at_logits + with_logits, tracker.peak_of_shard + gathered, tracker.left + at_the_end
+        )
+        activations = max(activations + gathered, passes - sum(states) / shard_size)
     kinds = {
         **{name: size / shard_size for name, size in states._asdict().items()},
-        "activations": activations - logits_bytes + gathered,
+        "activations": activations - logits_bytes,
         "logits": logits_bytes,
         "peak": max(passes, sum(states) / shard_size),
     }
@@ -212,23 +225,26 @@ def _fake_model(model_config, config: Config, mode: FakeTensorMode):
 
 
 def _follow_memory(
-    model, processor, micro_batch: MicroBatch, config: Config, mode, num_passes: int
-) -> tuple[_MemoryTracker, int]:
-    """Run forward and backward passes as the loop does; return what they took, and the logits."""
+    model, processor, micro_batch: MicroBatch, config: Config, mode, num_passes: int, left: float
+) -> tuple[_MemoryTracker, int, int]:
+    """Run forward and backward passes as the loop does.
+
+    Return what they took, what was there when logits were, and what these took.
+    """
     device = torch.device("cpu")
     inputs = InputBuilder(processor, "packed_sdpa", device)(micro_batch)
     inputs["pixel_values"] = mode.from_tensor(inputs["pixel_values"])
     autocast = torch.autocast(
         device.type, torch.bfloat16, enabled=config.uses_autocast, cache_enabled=False
     )
-    tracker = _MemoryTracker([*model.parameters(), *model.buffers()])
+    tracker = _MemoryTracker([*model.parameters(), *model.buffers()], left)
     trained = [p for p in model.parameters() if p.requires_grad]
     hooks = [p.register_post_accumulate_grad_hook(tracker.count_gradient) for p in trained]
     with mode, tracker, _RealWithoutFake():
         for _ in range(num_passes):
             with autocast:
                 logits = model(**inputs).logits
-            logits_bytes = logits.numel() * logits.itemsize
+            at_logits, logits_bytes = tracker.now, logits.numel() * logits.itemsize
             targets = micro_batch.targets
             # From here on as in finetune.py: a test compares these lines.
             loss_sum = cross_entropy_sum(logits, targets)
@@ -236,7 +252,7 @@ def _follow_memory(
             loss_sum.backward()
             for hook in hooks:
                 hook.remove()
-    return tracker, logits_bytes
+    return tracker, at_logits, logits_bytes
 
 
 def _blocks_of(model) -> list:
@@ -245,12 +261,13 @@ def _blocks_of(model) -> list:
     return [*vision_blocks, *layers, *([] if model.config.tie_word_embeddings else [model.lm_head])]
 
 
-def _gathered_bytes(model) -> tuple[int, int]:
-    """Return what is whole on every GPU while activations are most, and when backward ends.
+def _gathered_bytes(model) -> tuple[int, int, int]:
+    """Return what is whole on every GPU with the logits, in backward at most, and when that ends.
 
-    A block's gradients are reduced in fp32, with the weights of the next one there. The logits'
-    matrix follows the loss; of the rest, gradients are whole until the end, where embeddings that
-    are not tied to it have theirs.
+    In the forward pass, weights of a block are there twice, as they came and in their places. Its
+    gradients are reduced in fp32, with the weights of the next one there. The logits' matrix
+    follows the loss; of the rest, gradients are whole until the end, where embeddings that are not
+    tied to it have theirs.
     """
 
     def size(module, weights: int, gradients: int, reduced: int) -> int:
@@ -264,11 +281,15 @@ def _gathered_bytes(model) -> tuple[int, int]:
         return size(model, *each) - sum(size(block, *each) for block in _blocks_of(model))
 
     most = max(size(block, 2, 1, 4) for block in chain(*layers_of(model)))
-    during = size_of_rest(1, 1, 0)
+    embeddings = model.get_input_embeddings()
+    at_logits = size_of_rest(1, 0, 0)
+    # Of tied ones, the tracker follows the logits' part of the gradient until theirs is added.
+    during = size_of_rest(1, 1, 0) - size(embeddings, 0, 1, 0)
     if not model.config.tie_word_embeddings:
         most = max(most, size(model.lm_head, 0, 0, 4))
-        during -= size(model.get_input_embeddings(), 1, 1, 0)
-    return during + most, size_of_rest(1, 0, 4)
+        during -= size(embeddings, 1, 0, 0)
+        at_logits += size(model.lm_head, 2, 0, 0) - size(embeddings, 1, 0, 0)
+    return at_logits, during + most, size_of_rest(1, 0, 4)
 
 
 def largest_micro_batch(data: PlannedData, model_config, config: Config, most_steps: int = 5000):
