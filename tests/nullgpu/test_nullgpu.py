@@ -36,6 +36,8 @@ STEPS = {
     "2B, 14 short texts": {"data": "14 short texts"},
     "2B in bf16_lean, one text": {"data": "one text", "precision": "bf16_lean"},
     "2B, 2 images": {"data": "2 images", "gradient_checkpointing": "all"},
+    "2B in bf16_lean on 2, one text": {"data": "one text", "precision": "bf16_lean"}
+    | {"num_gpus": 2, "gradient_checkpointing": "all"},
     "7B on 8, one text": {"data": "one text", "model": "7B", "num_gpus": 8},
     "7B on 8, 2 images": {"data": "2 images", "model": "7B", "num_gpus": 8}
     | {"gradient_checkpointing": "all"},
