@@ -14,7 +14,7 @@ import sys
 
 from benchmarks.bench_gpu import measure_step, prepare_step
 from benchmarks.common import print_header, print_row
-from util.tools.planner import GIB, SAVERS, count_states
+from util.tools.planner import GIB, SAVERS, count_states, flags_text
 
 SMALLEST = {"gradient_checkpointing": "all", "lora_rank": 16, "precision": "bf16_4bit"}
 
@@ -27,12 +27,10 @@ def main() -> None:
         print_header(f"{model} on {num_gpus}", "states", "planned", "allocated", "reserved")
         for flags in ({}, *SAVERS, SMALLEST):
             step = prepare_step("2 images", model, num_gpus, repeats=4, **flags)
-            states = count_states(step.model_config, step.config).total / num_gpus / GIB
+            states = sum(count_states(step.model_config, step.config)) / num_gpus / GIB
             row = measure_step(step)
             figures = (row[f"{kind}_gib"] for kind in ("planned", "allocated", "reserved"))
-            texts = {k: " ".join(v) if isinstance(v, list) else v for k, v in flags.items()}
-            words = (f"--{name} {text}" for name, text in texts.items())
-            print_row(f"`{' '.join(words)}`", states, *figures)
+            print_row(f"`{flags_text(flags)}`", states, *figures)
 
 
 if __name__ == "__main__":

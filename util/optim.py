@@ -117,9 +117,11 @@ class LeanAdamW(torch.optim.Optimizer):
             state |= {name: _zeros(parameter, row // block_size, torch.float32) for name in SCALES}
         elif not state:
             state |= {name: _zeros(parameter, row, torch.float32) for name in MOMENTS}
-        tensors = [parameter.grad, parameter, *(state[name] for name in MOMENTS)]
-        blocks = [_local(tensor).reshape(-1, block_size or 1) for tensor in tensors]
-        return blocks + [_local(state[name]).view(-1, 1) for name in SCALES if block_size]
+        changed = [parameter, *(state[name] for name in MOMENTS)]
+        # Views: what is written into a copy would be lost.
+        blocks = [_local(tensor).view(-1, block_size or 1) for tensor in changed]
+        blocks += [_local(state[name]).view(-1, 1) for name in SCALES if block_size]
+        return [_local(parameter.grad).reshape(-1, block_size or 1), *blocks]
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -95,10 +95,14 @@ def _savers(config: Config) -> dict[str, Config]:
     for changes in SAVERS:
         if config.lora_rank:
             changes = {name: value for name, value in changes.items() if name != "lora_rank"}
-        values = {k: " ".join(v) if isinstance(v, list) else v for k, v in changes.items()}
-        flags = " ".join(f"--{name} {value}" for name, value in values.items())
-        savers[flags] = replace(config, **changes)
+        savers[flags_text(changes)] = replace(config, **changes)
     return {flags: saver for flags, saver in savers.items() if saver != config}
+
+
+def flags_text(changes: dict) -> str:
+    """Return changes of a configuration as flags on a command line."""
+    values = {k: " ".join(v) if isinstance(v, list) else v for k, v in changes.items()}
+    return " ".join(f"--{name} {value}" for name, value in values.items())
 
 
 class _RealWithoutFake(TorchDispatchMode):
