@@ -62,6 +62,7 @@ class Python(subprocess.Popen):
         return ours
 
     def _execute_child(self, args, *options):
+        """Do what Popen's own does (private, as of Python 3.11), but let the zygote fork."""
         cwd, environment, streams = options[4], options[5], options[9:15]
         request = json.dumps([args[1:], str(cwd), environment]).encode()
         socket.send_fds(self.zygote(), [request], [streams[i] for i in (0, 3, 5)])

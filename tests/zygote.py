@@ -2,7 +2,7 @@
 
     python tests/zygote.py SOCKET, started and asked by helpers.Python
 
-To import them takes 5 s of a core, of which half of the tests' time was made. This process computes
+To import them takes 5 s of a core, which tests did some hundred times. This process computes
 nothing, and forks for each program: from its first line on that is what it would be alone, with its
 own modules of this repo, session, arguments, folder, environment and streams. But what libraries
 read from the environment while they are imported is what this process began with.
