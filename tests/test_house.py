@@ -99,7 +99,7 @@ def test_how_threads_wait_is_set_before_torch_reads_it(own):
     )
     spin = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
     environment = {k: v for k, v in os.environ.items() if k not in spin} | own
-    expected = own.get("GOMP_SPINCOUNT", "None" if own else "1000")
+    expected = own.get("GOMP_SPINCOUNT", "None" if own else "700")
     for name in names if not own else names[:1]:
         command = [sys.executable, "-c", program, name]
         printed = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)

@@ -7,7 +7,7 @@ import os
 # the core from whoever has work on it: of three runs on two cores each had a 17th of its speed.
 # libgomp reads this as torch is imported, so scripts that import torch import this package first.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "1000"
+    os.environ["GOMP_SPINCOUNT"] = "700"
 
 # transformers 5.23 imports torchao where it is installed, and torchao 0.18.0 uses what torch 2.14.1
 # calls deprecated; neither is for users of this repo to mend. To go with the next torchao.
