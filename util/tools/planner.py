@@ -105,35 +105,31 @@ def flags_text(changes: dict) -> str:
     return " ".join(f"--{name} {value}" for name, value in values.items())
 
 
-class _RealWithoutFake(TorchDispatchMode):
-    """Runs operations that no fake tensor takes part in on real memory.
-
-    The model reads lengths and grids on the CPU, and a fake tensor has no values to read.
-    """
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
-            return function(*args, **kwargs)
-        with unset_fake_temporarily():
-            return function(*args, **kwargs)
-
-
 class _MemoryTracker(TorchDispatchMode):
     """Follows the bytes of all fake storages that operations make, and their peak.
 
-    Views of `standing` tensors make nothing new. `peak_beside_gradients`: of all but gradients.
-    `peak_of_shard`: with `bytes_left` for each value of a gradient that backward has left.
+    Operations that no fake tensor takes part in run on real memory: the model reads lengths and
+    grids, and a fake tensor has no values. Views of the model's tensors make nothing new.
+    `peak_beside_gradients`: of all but gradients, with bytes `in_flight` until backward has left
+    those of all blocks. `peak_of_shard`: also with `bytes_left` for each value that it has left.
     """
 
-    def __init__(self, standing, bytes_left: float):
+    def __init__(self, model, in_flight: int, bytes_left: float):
         super().__init__()
         self.now = self.gradients = self.left = 0
         self.peak = self.peak_beside_gradients = self.peak_of_shard = 0
-        self._bytes_left = bytes_left
+        self._bytes_left, self._in_flight = bytes_left, in_flight
+        parameters = chain(*(block.parameters() for block in _blocks_of(model)))
+        self._expected = {p for p in parameters if p.requires_grad}
+        standing = chain(model.parameters(), model.buffers())
         self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in standing)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if FakeTensor not in types:
+            with unset_fake_temporarily():
+                return function(*args, **(kwargs or {}))
+        if function is torch.ops.prim.device.default:  # most calls
+            return args[0].fake_device
         self._note_peaks()
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
@@ -149,7 +145,7 @@ class _MemoryTracker(TorchDispatchMode):
 
     def _note_peaks(self) -> None:
         self.peak = max(self.peak, self.now)
-        beside = self.now - self.gradients
+        beside = self.now - self.gradients + self._in_flight
         self.peak_beside_gradients = max(self.peak_beside_gradients, beside)
         self.peak_of_shard = max(self.peak_of_shard, beside + self.left)
 
@@ -157,6 +153,9 @@ class _MemoryTracker(TorchDispatchMode):
         """Note that backward has left the gradient of a parameter."""
         self.gradients += parameter.grad.untyped_storage().nbytes()
         self.left += parameter.numel() * self._bytes_left
+        self._expected.discard(parameter)
+        if not self._expected:
+            self._in_flight = 0
 
     def _follow(self, storage) -> None:
         if storage not in self._known:
@@ -192,14 +191,16 @@ def plan_memory(
     # there is one (torch 2.14, `_all_reduce_state`). That is the gradient itself, unless this is
     # bf16 or stands already.
     bytes_left = 6 if config.precision == "bf16_lean" and not is_accumulated else 4
-    tracker, at_logits, logits_bytes = _follow_memory(
-        model, processor, micro_batch, config, mode, num_passes, bytes_left / shard_size
+    with_logits, gathered, in_flight, at_the_end = _gathered_bytes(model)
+    in_flight = in_flight if shard_size > 1 else 0
+    tracker = _MemoryTracker(model, in_flight, bytes_left / shard_size)
+    at_logits, logits_bytes = _follow_memory(
+        tracker, model, processor, micro_batch, config, mode, num_passes
     )
     activations = tracker.peak_beside_gradients
     if shard_size == 1:  # gradients grow while activations fall
         passes = states.weights + states.optimizer + tracker.peak
     else:
-        with_logits, gathered, at_the_end = _gathered_bytes(model)
         begun = sum(states) - (0 if is_accumulated else states.gradients)
         passes = begun / shard_size + max(
             at_logits + with_logits, tracker.peak_of_shard + gathered, tracker.left + at_the_end
@@ -229,25 +230,26 @@ def _fake_model(model_config, config: Config, mode: FakeTensorMode):
 
 
 def _follow_memory(
-    model, processor, micro_batch: MicroBatch, config: Config, mode, num_passes: int, left: float
-) -> tuple[_MemoryTracker, int, int]:
-    """Run forward and backward passes as the loop does.
+    tracker, model, processor, micro_batch: MicroBatch, config: Config, mode, num_passes: int
+) -> tuple[int, int]:
+    """Run forward and backward passes as the loop does, and let the tracker follow them.
 
-    Return what they took, what was there when logits were, and what these took.
+    Return what was there when logits were, and what these took.
     """
     device = torch.device("cpu")
     inputs = InputBuilder(processor, "packed_sdpa", device)(micro_batch)
-    inputs["pixel_values"] = mode.from_tensor(inputs["pixel_values"])
+    pixel_values = inputs.pop("pixel_values")
     autocast = torch.autocast(
         device.type, torch.bfloat16, enabled=config.uses_autocast, cache_enabled=False
     )
-    tracker = _MemoryTracker([*model.parameters(), *model.buffers()], left)
     trained = [p for p in model.parameters() if p.requires_grad]
     hooks = [p.register_post_accumulate_grad_hook(tracker.count_gradient) for p in trained]
-    with mode, tracker, _RealWithoutFake():
+    with mode, tracker:
         for _ in range(num_passes):
+            # Of a tensor of its own, or what is remembered of it would live on in backward.
+            patches = [mode.from_tensor(torch.empty_like(pixel_values))]
             with autocast:
-                logits = model(**inputs).logits
+                logits = model(**inputs, pixel_values=patches.pop()).logits
             at_logits, logits_bytes = tracker.now, logits.numel() * logits.itemsize
             targets = micro_batch.targets
             # From here on as in finetune.py: a test compares these lines.
@@ -256,7 +258,7 @@ def _follow_memory(
             loss_sum.backward()
             for hook in hooks:
                 hook.remove()
-    return tracker, at_logits, logits_bytes
+    return at_logits, logits_bytes
 
 
 def _blocks_of(model) -> list:
@@ -265,13 +267,13 @@ def _blocks_of(model) -> list:
     return [*vision_blocks, *layers, *([] if model.config.tie_word_embeddings else [model.lm_head])]
 
 
-def _gathered_bytes(model) -> tuple[int, int, int]:
-    """Return what is whole on every GPU with the logits, in backward at most, and when that ends.
+def _gathered_bytes(model) -> tuple[int, int, int, int]:
+    """Return what is whole on every GPU with the logits, in backward, and when that ends.
 
-    In the forward pass, weights of a block are there twice, as they came and in their places. Its
-    gradients are reduced in fp32, with the weights of the next one there. The logits' matrix
-    follows the loss; of the rest, gradients are whole until the end, where embeddings that are not
-    tied to it have theirs.
+    The third is of the largest block alone, in backward. In the forward pass, weights of a block
+    are there twice, as they came and in their places. Its gradients are reduced in fp32, with the
+    weights of the next one there. The logits' matrix follows the loss; of the rest, gradients are
+    whole until the end, where embeddings that are not tied to it have theirs.
     """
 
     def size(module, weights: int, gradients: int, reduced: int) -> int:
@@ -293,7 +295,7 @@ def _gathered_bytes(model) -> tuple[int, int, int]:
         most = max(most, size(model.lm_head, 0, 0, 4))
         during -= size(embeddings, 1, 0, 0)
         at_logits += size(model.lm_head, 2, 0, 0) - size(embeddings, 1, 0, 0)
-    return at_logits, during + most, size_of_rest(1, 0, 4)
+    return at_logits, during, most, size_of_rest(1, 0, 4)
 
 
 def largest_micro_batch(data: PlannedData, model_config, config: Config, most_steps: int = 5000):
