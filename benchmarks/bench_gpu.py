@@ -134,11 +134,16 @@ def write_data(folder: Path, samples: list[tuple], encoder) -> str:
 
 
 def prepare_step(
-    data: str, model: str = "2B", num_gpus: int = 1, repeats: int = 1, **flags
+    data: str,
+    model: str = "2B",
+    num_gpus: int = 1,
+    repeats: int = 1,
+    num_layers: int | None = None,
+    **flags,
 ) -> SimpleNamespace:
     """Return all that a step takes but the model, and the GiB that are planned for it.
 
-    A step has the samples of DATA `repeats` times.
+    A step has the samples of DATA `repeats` times. num_layers: of text and vision; None: all.
     """
     with tempfile.TemporaryDirectory() as folder:
         name = f"Qwen/Qwen2-VL-{model}-Instruct"
@@ -146,6 +151,10 @@ def prepare_step(
         config = Config(model_name_or_path=name, batch_size=batch_size, **flags)
         config = fill_defaults(config, "cuda")
         processor, encoder, model_config = load_for_plan(config)
+        if num_layers:
+            model_config.vision_config.depth = num_layers
+            model_config.text_config.num_hidden_layers = num_layers
+            model_config.text_config.layer_types = ["full_attention"] * num_layers
         path = write_data(Path(folder), repeats * DATA[data], encoder)
         planned_data = prepare_data([path], encoder, config)
         batches = next(planned_data.plan.steps(0, 1)).micro_batches[0]
@@ -183,10 +192,13 @@ def build_model(step: SimpleNamespace, attention: str):
     return model
 
 
-def measure_step(step: SimpleNamespace, segments_grow: bool = True) -> dict:
+def measure_step(
+    step: SimpleNamespace, segments_grow: bool = True, num_steps: int = 3, estimates: bool = True
+) -> dict:
     """Return what a step takes on a GPU, its states over `num_gpus`, and what was planned of it.
 
     step: of prepare_step. segments_grow: the allocator's expandable_segments, set by the launchers.
+    num_steps: after the first one; of milliseconds, the least is taken. estimates: with Roofline.
     """
     gc.collect()  # what earlier steps have left
     torch.cuda.empty_cache()
@@ -206,7 +218,7 @@ def measure_step(step: SimpleNamespace, segments_grow: bool = True) -> dict:
     first = time.perf_counter() - started
     torch.cuda.reset_peak_memory_stats()
     seconds = []
-    for _ in range(3):
+    for _ in range(num_steps):
         take_counts()
         started = time.process_time()
         run_step(model, inputs, optimizer, config)
@@ -214,7 +226,7 @@ def measure_step(step: SimpleNamespace, segments_grow: bool = True) -> dict:
         counts = take_counts()
     peaks = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
     roofline = Roofline()
-    if step.num_gpus == 1 and not config.compile and config.precision == "bf16":
+    if estimates and step.num_gpus == 1 and not config.compile and config.precision == "bf16":
         with roofline:
             run_step(model, inputs, optimizer, config)
     if step.num_gpus > 1:
@@ -257,7 +269,7 @@ def run_step(model, inputs, optimizer, config: Config) -> None:
 def measure_both(data: str, **flags) -> dict:
     """Return what measure_step does, and as `fixed_gib` what segments that do not grow take."""
     step = prepare_step(data, **flags)
-    fixed = measure_step(step, segments_grow=False)
+    fixed = measure_step(step, segments_grow=False, num_steps=1, estimates=False)
     return measure_step(step) | {"fixed_gib": fixed["reserved_gib"]}
 
 

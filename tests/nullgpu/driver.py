@@ -6,8 +6,10 @@ FOLDER/cases.json is a list of {"name": text, "script": "finetune", "flags": [..
 gives its script, FLAGS, goes before those of training runs. Into FOLDER/report.json goes, of each
 case by its name, what it has asked of the device: counts and names for each training step and in
 all, the lines of Python that have waited for the device, and the message with which it has ended,
-"" if none. "cudnn": false keeps convolutions from it. {"name": text, "step": {...}} is a step of a
-real shape, of which benchmarks/bench_gpu.py tells what it takes.
+"" if none. "cudnn": false keeps convolutions from it. "room" is for a last case, which ends as the
+script would: the share of the memory that it has. {"name": text, "step": {...}} is a step of a real
+shape, of which benchmarks/bench_gpu.py tells what it takes; {"name": text, "planned": [...]} has
+the arguments for a test of test_gpu.py.
 """
 
 import importlib
@@ -27,6 +29,7 @@ from torch._dynamo.utils import counters
 from transformers import GenerationMixin
 
 import finetune
+import test_gpu
 from benchmarks.bench_gpu import measure_step, prepare_step, take_counts
 from helpers import call
 from util.config import UserError
@@ -75,6 +78,15 @@ def run_case(script: str, flags: list[str]) -> dict:
     return {"steps": steps, "between": between, "total": total, "waits": waits, "end": end}
 
 
+def write(report: dict) -> None:
+    """Write the report, once for all ranks."""
+    if dist.is_initialized():
+        backends = (dist.group.WORLD._get_backend(torch.device(kind)) for kind in ("cpu", "cuda"))
+        report["limits"] = [backend.options._timeout.total_seconds() for backend in backends]
+    if is_main_process():
+        (FOLDER / "report.json").write_text(json.dumps(report))
+
+
 def main() -> None:
     report = {}
     GenerationMixin._has_unfinished_sequences = lambda *_, **__: next(IS_INCOMPLETE)
@@ -83,15 +95,18 @@ def main() -> None:
         for path in case.get("remove", []):
             shutil.rmtree(path, ignore_errors=True)
         if "step" in case:
-            report[case["name"]] = measure_step(prepare_step(**case["step"]))
+            step = prepare_step(**case["step"])
+            report[case["name"]] = measure_step(step, num_steps=1, estimates=False)
+        elif "planned" in case:
+            test_gpu.test_the_planned_peak_is_that_of_the_gpu(*case["planned"])
+        elif "room" in case:  # the last one, which ends as the script would
+            write(report)
+            torch.cuda.set_per_process_memory_fraction(case["room"])
+            call(importlib.import_module(case["script"]), *FLAGS, *case["flags"])
         else:
             report[case["name"]] = run_case(case["script"], case["flags"])
         torch.cuda.empty_cache()
-    if dist.is_initialized():
-        backends = (dist.group.WORLD._get_backend(torch.device(kind)) for kind in ("cpu", "cuda"))
-        report["limits"] = [backend.options._timeout.total_seconds() for backend in backends]
-    if is_main_process():
-        (FOLDER / "report.json").write_text(json.dumps(report))
+    write(report)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from helpers import (
     user,
     write_data,
 )
+from test_gpu import PLANNED
 
 HERE = Path(__file__).parent
 CAPABILITIES = (90, 80, 89, 120)  # of cuda:0 and so on
@@ -30,18 +31,24 @@ SDPA = ("fmha_cutlassF_", "fmha_cutlassB_")  # and those that spare memory in fp
 MATH = ("SoftMax",)
 
 TWO_RANKS = "finetune_distributed.sh"
-# Steps of real shapes, for benchmarks/bench_gpu.py, and how much they may launch.
+# Steps of real shapes, for benchmarks/bench_gpu.py.
 STEPS = {
     "2B, one text": {"data": "one text"},
     "2B, 14 short texts": {"data": "14 short texts"},
     "2B in bf16_lean, one text": {"data": "one text", "precision": "bf16_lean"},
+}
+LARGE_STEPS = {
     "2B, 2 images": {"data": "2 images", "gradient_checkpointing": "all"},
     "2B in bf16_lean on 2, one text": {"data": "one text", "precision": "bf16_lean"}
+    | {"num_gpus": 2, "gradient_checkpointing": "all"},
+    "2B in fp32 on 2, one text": {"data": "one text", "precision": "fp32"}
     | {"num_gpus": 2, "gradient_checkpointing": "all"},
     "7B on 8, one text": {"data": "one text", "model": "7B", "num_gpus": 8},
     "7B on 8, 2 images": {"data": "2 images", "model": "7B", "num_gpus": 8}
     | {"gradient_checkpointing": "all"},
 }
+# Layers are alike, and the first step of fully_shard with many of them is slow.
+STEPS |= {name: step | {"num_layers": 8} for name, step in LARGE_STEPS.items()}
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("gcc") and list(Path(sys.prefix).glob("lib/*/site-packages/nvidia/cu13"))),
@@ -68,7 +75,7 @@ def nullgpu(tmp_path_factory) -> dict:
 
 
 @pytest.fixture(scope="module")
-def report(nullgpu, tiny_folder, tmp_path_factory) -> dict:
+def report(nullgpu, tiny_folder, mixed_data, tmp_path_factory) -> dict:
     """Of each case by its name, what driver.py reports."""
     folder, cases = tmp_path_factory.mktemp("cases"), []
     texts = [[user("What? " * n), assistant("That. " * n)] for n in (2, 9, 30)]
@@ -103,19 +110,28 @@ def report(nullgpu, tiny_folder, tmp_path_factory) -> dict:
     train("compiled", "cuda:0", "bf16", "--compile", "--max_steps", 3)
     train("lean", "cuda:0", "bf16_lean", "--max_steps", 3)
     cases += [{"name": name, "step": step} for name, step in STEPS.items()]
-    return drive(folder, cases, nullgpu)
+    # The test for real GPUs, on PyTorch's real allocator.
+    cases += [{"name": "", "planned": [flags, mixed_data, tiny_folder]} for flags in PLANNED]
+    report = drive(folder, cases, nullgpu)
+    del report["printed"]
+    return report
 
 
-def drive(folder: Path, cases: list[dict], environment: dict, launcher="finetune.sh") -> dict:
-    """Let a launcher start driver.py in place of its script, and return the report."""
+def drive(
+    folder: Path, cases: list[dict], environment: dict, launcher="finetune.sh", code=0
+) -> dict:
+    """Let a launcher start driver.py in place of its script, and return the report.
+
+    As "printed", it has what was printed.
+    """
     (folder / "cases.json").write_text(json.dumps(cases))
     repo = folder / "repo"
     repo.mkdir()
     for name in (launcher, "util", "requirements.txt", "train_data"):
         (repo / name).symlink_to(REPO / name)
     (repo / launcher).with_suffix(".py").symlink_to(HERE / "driver.py")
-    print(run_script(repo / launcher, folder, **environment))
-    return json.loads((folder / "report.json").read_text())
+    printed = run_script(repo / launcher, folder, code=code, **environment)
+    return json.loads((folder / "report.json").read_text()) | {"printed": printed}
 
 
 def launched(counts: dict, names: tuple[str, ...]) -> list[int]:
@@ -219,7 +235,18 @@ def test_a_compiled_step_of_2b_launches_less_than_half(data, most, nullgpu, tmp_
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_of_a_real_shape_waits_for_nothing_and_takes_what_was_planned(name, report):
-    step = report[name]
+    check_step(report[name])
+
+
+@pytest.mark.slow
+def test_so_does_one_of_all_layers(nullgpu, tmp_path):
+    cases = [{"name": name, "step": step} for name, step in LARGE_STEPS.items()]
+    report = drive(tmp_path, cases, nullgpu)
+    for name in LARGE_STEPS:
+        check_step(report[name])
+
+
+def check_step(step: dict) -> None:
     assert "waits" not in step["counts"]  # nothing is read, as the loop does once
     peak = step["allocated_gib"]
     assert abs(step["planned_gib"] - peak) < 0.05 * peak + 64 / 1024
@@ -229,13 +256,6 @@ def test_a_resumed_run_asks_for_what_the_whole_one_did(report):
     whole, resumed = report["bf16 90"]["steps"][-1], report["resumed"]["steps"][-1]
     assert len(report["resumed"]["steps"]) == 1
     assert abs(resumed["launches"] - whole["launches"]) <= 0.01 * whole["launches"]
-
-
-def test_the_planned_peak_is_that_of_the_allocator(nullgpu):
-    """The test for real GPUs, on PyTorch's real allocator."""
-    case = "tests/test_gpu.py::test_the_planned_peak_is_that_of_the_gpu"
-    printed = run_script(sys.executable, "-m", "pytest", "-q", case, **nullgpu)
-    assert " passed" in printed and "skipped" not in printed
 
 
 FLASH_ATTN = """
@@ -290,7 +310,9 @@ def two_ranks(two_gpus, tmp_path_factory) -> tuple[Path, dict]:
         | {"flags": [*flags, "--shard_size", size, "--output_dir", str(folder / size)]}
         for size in "12"
     ]
-    return folder, drive(folder, cases, two_gpus, TWO_RANKS)
+    flags += ["--output_dir", str(folder / "full")]
+    cases.append({"script": "finetune_distributed", "flags": flags, "room": 1e-3})
+    return folder, drive(folder, cases, two_gpus, TWO_RANKS, code=1)
 
 
 @pytest.mark.parametrize("size, sum_up", [("1", "ncclAllReduce"), ("2", "ncclReduceScatter")])
@@ -310,8 +332,6 @@ def test_two_ranks_train_save_and_wait_once_a_step(size, sum_up, two_ranks):
     assert f"{2 // int(size)} replicas, each over {size}" in printed
 
 
-def test_two_ranks_whose_memory_is_full_say_what_to_do(two_gpus, tmp_path):
-    flags = ["--model_name_or_path", "tiny", "--precision", "bf16", "--output_dir", tmp_path / "a"]
-    small = two_gpus | {"NULLGPU_DEVICES": "90:0.125,90:0.125"}
-    printed = run_script(f"./{TWO_RANKS}", *flags, code=1, **small)
-    assert "Root Cause" in printed and "--gradient_checkpointing all; a lower" in printed
+def test_two_ranks_whose_memory_is_full_say_what_to_do(two_ranks):
+    _, report = two_ranks
+    assert "--gradient_checkpointing all; a lower" in report["printed"].split("Root Cause")[1]
