@@ -1,6 +1,5 @@
 """What tests share and is no fixture: runs on tiny, scripts, measures, and data made by hand."""
 
-import ctypes
 import functools
 import json
 import os
@@ -25,6 +24,7 @@ from util.data.batch import prepare_data
 from util.model.inputs import InputBuilder
 from util.model.load import build_encoder, load_model, load_processor
 from util.vision_util import PixelPolicy
+from zygote import Python
 
 REPO = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -40,34 +40,20 @@ POLICY = PixelPolicy(
 )
 # What takes longer hangs: a busy machine is no fault of ours.
 HANG_SECONDS = 1800
-# Two test processes share two cores.
+# Test processes share two cores.
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
-class Python(subprocess.Popen):
-    """A Python program that zygote.py forks, with PyTorch imported already."""
-
-    @staticmethod
-    @functools.cache
-    def zygote() -> socket.socket:
-        """Start a zygote for this process, which becomes the parent of what that orphans."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, REPO / "tests" / "zygote.py", str(theirs.fileno())]
-        options = {"env": ENVIRONMENT, "pass_fds": [theirs.fileno()], "start_new_session": True}
-        with theirs:
-            subprocess.Popen(command, **options)
-        assert ours.recv(64) == b"ready"
-        PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
-        assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1) == 0
-        return ours
-
-    def _execute_child(self, args, *options):
-        """Do what Popen's own does (private, as of Python 3.11), but let the zygote fork."""
-        cwd, environment, streams = options[4], options[5], options[9:15]
-        request = json.dumps([args[1:], str(cwd), environment]).encode()
-        socket.send_fds(self.zygote(), [request], [streams[i] for i in (0, 3, 5)])
-        self.pid, self._child_created = int(self.zygote().recv(64)), True
-        self._close_pipe_fds(*streams)
+@functools.cache
+def start_zygote() -> None:
+    """Start the process that forks Python programs for this one."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, REPO / "tests" / "zygote.py", str(theirs.fileno())]
+    options = {"env": ENVIRONMENT, "pass_fds": [theirs.fileno()], "start_new_session": True}
+    with theirs:
+        subprocess.Popen(command, **options)
+    assert ours.recv(64) == b"ready"
+    Python.ask(ours)
 
 
 def start(*command, cwd=REPO, streams=None, **environment) -> subprocess.Popen:
@@ -77,6 +63,8 @@ def start(*command, cwd=REPO, streams=None, **environment) -> subprocess.Popen:
         command.insert(0, sys.executable)
     # An environment of its own may be read while modules are imported.
     is_python = command[0] == sys.executable and not environment
+    if is_python:
+        start_zygote()
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return (Python if is_python else subprocess.Popen)(
         command,
