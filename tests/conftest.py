@@ -10,21 +10,24 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
+from families import build_small
 from helpers import mixed_conversations, write_data
 from util.model.tiny import CHAT_TEMPLATE, build_config, cached_tiny_model
 
-# Two test processes share two cores.
+# Test processes share two cores.
 torch.set_num_threads(1)
 # What a shell runs in the background ignores Ctrl-C, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Begun first, since at the end one process would wait for them.
-LONGEST = ("test_distributed.py", "test_nullgpu.py", "test_checkpoint.py", "test_planner.py")
+LONGEST = ["nullgpu", "distributed", "end_to_end", "readme", "terminals", "checkpoint", "families"]
+LONGEST = [f"test_{name}.py" for name in [*LONGEST, "planner", "faults", "contributing"]]
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    order = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
 
 
 def pytest_sessionfinish():
@@ -45,6 +48,12 @@ def signal_handlers():
 @pytest.fixture(scope="session")
 def tiny_folder() -> str:
     return cached_tiny_model()
+
+
+@pytest.fixture(scope="session")
+def small_folder(tiny_folder, tmp_path_factory) -> str:
+    """A Qwen2-VL of 0.6 million parameters, for what needs many steps."""
+    return build_small(tiny_folder, tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Tiny models of the families beside Qwen2-VL, with random weights and tiny's tokenizer."""
+"""Tiny models of the families, with random weights and tiny's tokenizer."""
 
 from pathlib import Path
 
@@ -113,6 +113,22 @@ def build_processor(family: str, tokenizer):
         video_processor=transformers.Qwen3VLVideoProcessor(**normal),
         chat_template=TEMPLATES[family],
     )
+
+
+def build_small(tiny_folder: str, folder: Path) -> str:
+    """Write a Qwen2-VL of 0.6 million parameters to `folder` and return its path."""
+    config = AutoConfig.from_pretrained(tiny_folder)
+    config.vision_config.update({"embed_dim": 64, "hidden_size": 128})
+    config.text_config.update({"hidden_size": 128, "intermediate_size": 256})
+    config.text_config.update({"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2})
+    config.text_config.rope_parameters["mrope_section"] = [4, 6, 6]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    model.generation_config = transformers.GenerationConfig.from_pretrained(tiny_folder)
+    model.save_pretrained(folder)
+    transformers.AutoProcessor.from_pretrained(tiny_folder).save_pretrained(folder)
+    return str(folder)
 
 
 def build_family(family: str, tiny_folder: str, folder: Path) -> str:

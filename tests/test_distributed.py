@@ -52,11 +52,19 @@ from util.model.load import load_processor
 from util.run import EXIT_STOPPED
 from util.shards import ShardPlanner, ShardReader, read_index
 from util.tools.flops import rank_metrics
+from zygote import FORKING
 
 DRIVER = REPO / "tests" / "distributed_driver.py"
-FLAGS = {"model_name_or_path": "tiny", "device": "cpu", "num_workers": 0, "precision": "fp32"}
+FLAGS = {"device": "cpu", "num_workers": 0, "precision": "fp32"}
 FLAGS |= {"batch_size": 8, "learning_rate": 1e-3, "num_epochs": 3, "max_tokens": 400}
+FLAGS |= {"max_pixels": 50176, "video_max_pixels": 25088}
 LATEST = {"resume_from": "latest"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model(small_folder):
+    """The model of all runs that name no other."""
+    FLAGS["model_name_or_path"] = small_folder
 
 
 def argv_of(output_dir, flags) -> list[str]:
@@ -284,8 +292,7 @@ def test_compiled_layers_do_not_change_the_run_of_two_ranks(runs, alone, tmp_pat
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def test_two_ranks_do_not_change_the_run_of_other_families(family, data, tiny_folder, tmp_path):
     folder = build_family(family, tiny_folder, tmp_path / "model")
-    flags = {"max_pixels": 50176, "video_max_pixels": 25088, "max_steps": 10}
-    flags |= {"model_name_or_path": folder, "train_data": data["mixed"]}
+    flags = {"model_name_or_path": folder, "train_data": data["mixed"], "max_steps": 10}
     drive(tmp_path, 2, case(tmp_path / "ranks", flags | {"shard_size": 2}))
     check_same_run(tmp_path / "ranks", train_alone(tmp_path / "alone", flags))
     # Qwen3.5: also what no rank loads.
@@ -485,8 +492,8 @@ def test_memory_falls_with_the_shard_size(tiny_folder, data, tmp_path):
     num_parameters = build_large(tiny_folder, tmp_path / "large")
     assert 80e6 < num_parameters < 130e6
     whole = 4 * num_parameters
-    flags = {"max_pixels": 50176, "video_max_pixels": 25088, "max_steps": 2, "learning_rate": 1e-4}
-    flags |= {"model_name_or_path": tmp_path / "large", "train_data": data["mixed"]}
+    flags = {"model_name_or_path": tmp_path / "large", "train_data": data["mixed"]}
+    flags |= {"max_steps": 2, "learning_rate": 1e-4}
     alone = train_alone(tmp_path / "alone", flags)
     for size in (1, 2, 4):
         output_dir = tmp_path / str(size)
@@ -623,7 +630,7 @@ def test_without_a_launcher_it_says_how_to_start(monkeypatch):
 def test_the_launcher_trains_tiny_without_a_gpu(alone, tmp_path):
     out = tmp_path / "out"
     flags = ("--max_steps", 3, "--output_dir", out, "--report_to", "tensorboard")
-    printed = finish(start("./finetune_distributed.sh", *flags))
+    printed = finish(start("./finetune_distributed.sh", *flags, **FORKING))
     assert printed.count("TINY") == 1 and "ranks      2" in printed
     assert len(read_metrics(out)) == 3 and undamaged_steps(out) == [3]
     names = [path.name for path in out.iterdir() if path.is_file()]
@@ -648,7 +655,7 @@ def test_a_signal_to_the_launcher_saves_and_exits_with_75(tmp_path):
     """As queues send it, to the launcher alone; Ctrl-C and SIGHUP are in test_terminals.py."""
     output_dir = tmp_path / "out"
     flags = ("--num_epochs", 500, "--output_dir", output_dir)
-    process = start("./finetune_distributed.sh", *flags)
+    process = start("./finetune_distributed.sh", *flags, **FORKING)
     metrics = output_dir / "metrics.jsonl"
     wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") > 1, process)
     process.send_signal(signal.SIGTERM)

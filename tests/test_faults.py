@@ -39,14 +39,20 @@ def data(tmp_path_factory):
     return write_data(folder / "data.json", conversations)
 
 
-def command(data, output_dir, *more):
-    """Return the command of a run, which goes on where there is a checkpoint."""
-    resume = ("--resume_from", "latest") if undamaged_steps(output_dir) else ()
-    return [
-        *(sys.executable, "finetune.py", "--model_name_or_path", "tiny", "--train_data", data),
-        *("--max_steps", NUM_STEPS, "--output_dir", output_dir, "--num_workers", 1),
-        *("--save_steps", 3, *resume, *more),
-    ]
+@pytest.fixture(scope="module")
+def command(small_folder):
+    """Return a function: the command of a run, which goes on where there is a checkpoint."""
+
+    def command(data, output_dir, *more):
+        resume = ("--resume_from", "latest") if undamaged_steps(output_dir) else ()
+        return [
+            *(sys.executable, "finetune.py", "--model_name_or_path", small_folder),
+            *("--learning_rate", 1e-3, "--num_epochs", 60, "--max_pixels", 50176),
+            *("--train_data", data, "--max_steps", NUM_STEPS),
+            *("--output_dir", output_dir, "--num_workers", 1, "--save_steps", 3, *resume, *more),
+        ]
+
+    return command
 
 
 def logged_steps(output_dir):
@@ -57,7 +63,7 @@ def logged_steps(output_dir):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(data, tmp_path_factory):
+def undisturbed(command, data, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("undisturbed") / "out"
     run_script(*command(data, output_dir))
     return load_file(output_dir / "model.safetensors")
@@ -82,7 +88,7 @@ KILL, OTHERS = [signal.SIGKILL], [signal.SIGHUP, signal.SIGTERM, signal.SIGINT]
     ],
 )
 def test_a_run_that_is_ended_again_and_again(
-    numbers, num_times, save_steps, data, undisturbed, tmp_path
+    numbers, num_times, save_steps, command, data, undisturbed, tmp_path
 ):
     """At a random moment after a random step, or during a save, its output a pipe, broken or not.
 
@@ -92,7 +98,7 @@ def test_a_run_that_is_ended_again_and_again(
     more = ("--save_steps", save_steps, "--keep_checkpoints", 3)
     for i in range(num_times):
         done = max(undamaged_steps(output_dir), default=0)
-        if done == 0 or done >= NUM_STEPS - 3:
+        if done == 0 or done >= NUM_STEPS - 10:
             shutil.rmtree(output_dir, ignore_errors=True)
             done = 0
         process = start(*command(data, output_dir, *more))
@@ -100,7 +106,7 @@ def test_a_run_that_is_ended_again_and_again(
             wait_for(lambda: list(output_dir.glob(".checkpoint-*.partial")), process)
             time.sleep(dice.uniform(0, 0.05))
         else:
-            target = dice.randint(done + 1, min(done + 8, NUM_STEPS - 1))
+            target = dice.randint(done + 1, min(done + 8, NUM_STEPS - 10))
             wait_for(lambda step=target: step in logged_steps(output_dir), process)
             time.sleep(dice.uniform(0, 0.1))
         assert process.poll() is None, process.stdout.read()
@@ -128,10 +134,12 @@ def test_a_run_that_is_ended_again_and_again(
         (signal.SIGINT, "training"),
     ],
 )
-def test_a_signal_to_the_whole_group_saves_and_stops(number, when, data, undisturbed, tmp_path):
+def test_a_signal_to_the_whole_group_saves_and_stops(
+    number, when, command, data, undisturbed, tmp_path
+):
     output_dir, num_steps = tmp_path / "out", 1 if when == "loading" else 2
     if when == "loading":  # every picture takes its time, and there are no workers to read ahead
-        slow = [str(make_image(tmp_path / f"{i}.png", 2400, 2400, i)) for i in range(4)]
+        slow = [str(make_image(tmp_path / f"{i}.png", 1600, 1600, i)) for i in range(4)]
         samples = [[user(*map(image, slow)), assistant("x")] for _ in range(8)]
         data = write_data(tmp_path / "slow.json", samples)
     more = ("--save_steps", 1 if when == "saving" else 1000)
@@ -152,9 +160,10 @@ def test_a_signal_to_the_whole_group_saves_and_stops(number, when, data, undistu
         assert_same_end(output_dir, undisturbed)
 
 
-def test_a_second_signal_ends_at_once(data, tmp_path):
+def test_a_second_signal_ends_at_once(command, data, tmp_path):
     # Each save takes its time here, as those of real models do.
-    process = start(*command(data, tmp_path / "out", "--save_steps", 1))
+    tiny = ("--model_name_or_path", "tiny")
+    process = start(*command(data, tmp_path / "out", "--save_steps", 1, *tiny))
     wait_for(lambda: len(logged_steps(tmp_path / "out")) >= 2, process)
     process.send_signal(signal.SIGTERM)
     log = tmp_path / "out" / "train.log"
@@ -165,15 +174,15 @@ def test_a_second_signal_ends_at_once(data, tmp_path):
     assert undamaged_steps(tmp_path / "out")
 
 
-def test_a_file_system_that_fills_up(data, tmp_path):
+def test_a_file_system_that_fills_up(command, data, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=160m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=26m", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("mounting a small file system needs root")
     try:
         # One checkpoint fits, a second does not until the ballast is gone.
-        (disk / "ballast").write_bytes(bytes(60 * 2**20))
+        (disk / "ballast").write_bytes(bytes(10 * 2**20))
         output_dir = disk / "out"
         process = start(*command(data, output_dir, "--keep_checkpoints", 1))
         wait_for(lambda: len(logged_steps(output_dir)) >= 20, process)

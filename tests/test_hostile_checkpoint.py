@@ -37,10 +37,10 @@ class Nested:
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory, mixed_data):
+def original(tmp_path_factory, mixed_data, small_folder):
     """A checkpoint after one step."""
     folder = tmp_path_factory.mktemp("checkpoint") / "out"
-    flags = ("--model_name_or_path", "tiny", "--device", "cpu", "--train_data", mixed_data)
+    flags = ("--model_name_or_path", small_folder, "--device", "cpu", "--train_data", mixed_data)
     run_script("finetune.py", *flags, "--max_steps", 1, "--output_dir", folder)
     return folder / "checkpoint-1"
 
@@ -63,12 +63,12 @@ def seal(folder, change=lambda state: None):
     path.write_text(json.dumps({"state": state, "sha256": saving._digest(state)}))
 
 
-def attack(folder, mixed_data, tiny_folder):
+def attack(folder, mixed_data, small_folder):
     """Resume from a checkpoint; return what was said of it. Nothing of it may run."""
     EVENTS.clear()
     said = damage(folder)
     if said is None:
-        run = set_up(tiny_config(train_data=[mixed_data]), tiny_folder)
+        run = set_up(tiny_config(train_data=[mixed_data]), small_folder)
         EVENTS.clear()  # those of loading a model
         try:
             load_checkpoint(folder, run.model, build_optimizer(run.model, run.config))
@@ -79,13 +79,13 @@ def attack(folder, mixed_data, tiny_folder):
 
 
 @pytest.mark.parametrize("content", [Evil(), Nested(), [Evil()], {"a": (Evil(),)}])
-def test_pickles_beside_the_shards_are_never_loaded(content, checkpoint, mixed_data, tiny_folder):
+def test_pickles_beside_the_shards_are_never_loaded(content, checkpoint, mixed_data, small_folder):
     """torch looks for .metadata, and where that cannot be read for one of the rank."""
     for name in (".metadata", "__0.metadata"):
         (checkpoint / "resume" / name).write_bytes(pickle.dumps(content))
     assert "was not written with it" in damage(checkpoint)
     seal(checkpoint)
-    assert attack(checkpoint, mixed_data, tiny_folder) is None
+    assert attack(checkpoint, mixed_data, small_folder) is None
 
 
 def zip_of(content) -> bytes:
@@ -103,7 +103,7 @@ def zip_of(content) -> bytes:
 @pytest.mark.parametrize("make", [zip_of, pickle.dumps])
 @pytest.mark.parametrize("content", [Evil(), Nested()])
 def test_objects_in_the_shards_are_refused(
-    content, make, kind, checkpoint, mixed_data, tiny_folder
+    content, make, kind, checkpoint, mixed_data, small_folder
 ):
     resume = checkpoint / "resume"
     index = json.loads((resume / "index.json").read_text())
@@ -115,7 +115,7 @@ def test_objects_in_the_shards_are_refused(
     (resume / "__9_0.distcp").write_bytes(payload)
     (resume / "index.json").write_text(json.dumps(index))
     seal(checkpoint)
-    assert f"{checkpoint}: cannot be loaded" in attack(checkpoint, mixed_data, tiny_folder)
+    assert f"{checkpoint}: cannot be loaded" in attack(checkpoint, mixed_data, small_folder)
 
 
 def deep(levels):
@@ -195,8 +195,8 @@ def test_links_are_not_followed_out_of_a_checkpoint(name, checkpoint, tmp_path):
     assert f"{name} is a link" in damage(checkpoint)
 
 
-def test_values_and_tensors_come_back_as_they_were(original, mixed_data, tiny_folder):
-    run = set_up(tiny_config(train_data=[mixed_data]), tiny_folder)
+def test_values_and_tensors_come_back_as_they_were(original, mixed_data, small_folder):
+    run = set_up(tiny_config(train_data=[mixed_data]), small_folder)
     optimizer = build_optimizer(run.model, run.config)
     assert load_checkpoint(original, run.model, optimizer) == (1, None)
     weight = next(run.model.parameters())

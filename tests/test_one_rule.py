@@ -31,10 +31,10 @@ def alone_inputs(run, sample):
 
 
 @pytest.fixture(scope="module")
-def plain(mixed_data, tiny_folder):
+def plain(mixed_data, small_folder):
     """Train with each sample by itself, nothing packed, and the gradients summed up."""
-    run = set_up(tiny_config(train_data=[mixed_data], **FLAGS), tiny_folder)
-    model = plain_model(tiny_folder).train()
+    run = set_up(tiny_config(train_data=[mixed_data], **FLAGS), small_folder)
+    model = plain_model(small_folder).train()
     config, plan = run.config, run.plan
     optimizer = build_optimizer(model, config)
     num_steps = plan.num_steps_per_epoch * config.num_epochs
@@ -92,11 +92,11 @@ def count_graphs(monkeypatch) -> list[int]:
     + ["compiled", "compiled_all"],
 )
 def test_memory_and_workers_do_not_change_the_run(
-    flags, plain, mixed_data, tiny_folder, tmp_path, monkeypatch
+    flags, plain, mixed_data, small_folder, tmp_path, monkeypatch
 ):
     num_graphs = count_graphs(monkeypatch)
     flags = FLAGS | flags | {"train_data": [mixed_data], "output_dir": str(tmp_path)}
-    run = set_up(tiny_config(**flags), tiny_folder)
+    run = set_up(tiny_config(**flags), small_folder)
     torch.manual_seed(0)
     train(run.config, run.model, run.processor, run.data, None, 8, CPU)
     metrics, final = read_metrics(tmp_path), weights(run.model)
@@ -106,7 +106,7 @@ def test_memory_and_workers_do_not_change_the_run(
         assert step["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
     assert (final - expected_final).norm() / expected_final.norm() < 1e-5
-    start = weights(plain_model(tiny_folder))
+    start = weights(plain_model(small_folder))
     assert (final - start).norm() / start.norm() > 1e-2, "nothing was trained"
     most = max(m["num_micro_batches"] for m in metrics)
     assert (most > 1) == (flags.get("max_tokens", 100_000) < 100_000)
@@ -122,7 +122,7 @@ def test_learning_rate_warms_up_from_above_zero_and_decays():
     assert learning_rate_at(0, 1, 1.0, 0.0) == 1.0
 
 
-def test_only_matrices_decay(tiny_folder):
-    optimizer = build_optimizer(plain_model(tiny_folder), tiny_config(weight_decay=0.1))
+def test_only_matrices_decay(small_folder):
+    optimizer = build_optimizer(plain_model(small_folder), tiny_config(weight_decay=0.1))
     for group in optimizer.param_groups:
         assert all((p.ndim >= 2) == (group["weight_decay"] > 0) for p in group["params"])

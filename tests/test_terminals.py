@@ -26,6 +26,7 @@ from util import survive
 from util.config import UserError, parse_config
 from util.output_dir import open_output_dir
 from util.run import EXIT_STOPPED
+from zygote import FORKING
 
 FLAGS = ("--model_name_or_path", "tiny", "--device", "cpu", "--num_workers", "1")
 SCRIPT = (sys.executable, "finetune.py", *FLAGS)
@@ -35,7 +36,8 @@ def begin(*command, output_dir, max_steps=500, **streams):
     """Start a run in a session of its own, and wait until two steps are done."""
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | streams
     command += ("--max_steps", max_steps, "--output_dir", output_dir)
-    process = start(*command, streams=streams)
+    forking = FORKING if command[0].endswith(".sh") else {}
+    process = start(*command, streams=streams, **forking)
     metrics = output_dir / "metrics.jsonl"
     wait_for(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 1, process)
     return process
@@ -59,10 +61,10 @@ def test_a_closed_terminal_saves_as_sigterm_does(command, tmp_path):
 
 
 def test_under_nohup_a_run_goes_on(tmp_path):
-    process = begin("nohup", *SCRIPT, output_dir=tmp_path / "out", max_steps=15)
+    process = begin("nohup", *SCRIPT, output_dir=tmp_path / "out", max_steps=8)
     os.killpg(process.pid, signal.SIGHUP)
     assert process.wait(timeout=HANG_SECONDS) == 0
-    assert undamaged_steps(tmp_path / "out") == [15]
+    assert undamaged_steps(tmp_path / "out") == [8]
 
 
 @pytest.mark.parametrize("command", [SCRIPT, ("./finetune_distributed.sh", *FLAGS)])
@@ -78,11 +80,11 @@ def test_ctrl_c_saves_also_where_tee_is_gone_first(command, tmp_path):
 def test_a_run_goes_on_without_its_terminal(tmp_path):
     terminal, end = pty.openpty()
     streams = {"stdin": end, "stdout": end, "stderr": end}
-    process = begin(*SCRIPT, output_dir=tmp_path / "out", max_steps=15, **streams)
+    process = begin(*SCRIPT, output_dir=tmp_path / "out", max_steps=8, **streams)
     os.close(end)
     os.close(terminal)
     assert process.wait(timeout=HANG_SECONDS) == 0
-    assert len(read_metrics(tmp_path / "out")) == 15
+    assert len(read_metrics(tmp_path / "out")) == 8
     assert "done" in (tmp_path / "out" / "train.log").read_text()
 
 

@@ -295,12 +295,12 @@ def test_a_killed_worker_costs_no_step_that_was_done(train, tmp_path, twelve, mo
     subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0,
     reason="needs the right to mount",
 )
-def test_a_full_shared_memory_is_done_without(tmp_path):
+def test_a_full_shared_memory_is_done_without(tmp_path, small_folder):
     """As of Docker, which gives 64 MiB; here 2 MiB, for micro-batches of 5 MB."""
     paths = [make_image(tmp_path / f"{i}.png", 440, 440, i) for i in range(4)]
     data = write_data(tmp_path / "d.json", [about(image(path)) for path in paths])
-    flags = f"--model_name_or_path tiny --device cpu --train_data {data} --max_steps 2"
-    flags += f" --num_workers 2 --output_dir {tmp_path}/out --max_pixels 200000"
+    flags = f"--model_name_or_path {small_folder} --device cpu --train_data {data}"
+    flags += f" --max_steps 2 --num_workers 2 --output_dir {tmp_path}/out --max_pixels 200000"
     mount = "mount -t tmpfs -o size=2m tmpfs /dev/shm"
     command = f"{mount} && exec {sys.executable} finetune.py {flags}"
     helpers.run_script("unshare", "-m", "sh", "-c", command)
