@@ -14,4 +14,4 @@ fi
 ruff check .
 ruff format --check .
 # In order of names the files of few, long tests do not come last, one process waiting for one.
-exec python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"
+exec python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"
