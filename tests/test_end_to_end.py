@@ -18,9 +18,13 @@ SHIPPED = REPO / "train_data" / "data.json"
 
 @pytest.fixture(scope="module")
 def default_run(tmp_path_factory):
-    """The default run, started by the launcher: (output folder, what was printed)."""
-    output_dir = tmp_path_factory.mktemp("run") / "new" / "folder"
-    printed = run_script("./finetune.sh", "--output_dir", output_dir)
+    """The default run, started by the launcher: (output folder, what was printed).
+
+    The launcher finds the repo, whatever the current folder is.
+    """
+    folder = tmp_path_factory.mktemp("run")
+    output_dir = folder / "new" / "folder"
+    printed = run_script(REPO / "finetune.sh", "--output_dir", output_dir, cwd=folder)
     return output_dir, printed
 
 

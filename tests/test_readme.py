@@ -295,12 +295,6 @@ def test_the_page_on_the_loop_has_every_field_of_the_metrics(name, short_run):
     assert set(fields) == set(json.loads(lines[0]))
 
 
-def test_the_two_commands_work_in_an_empty_path(tmp_path):
-    """The launchers find their folder, whatever the current one is."""
-    printed = run_script(REPO / "finetune.sh", "--no_such_flag", cwd=tmp_path, code=2)
-    assert "--no_such_flag" in printed
-
-
 def test_an_active_environment_is_checked_and_not_changed(tmp_path):
     check = REPO / "util" / "check_requirements.py"
     (tmp_path / "r.txt").write_text("torch==2.14.1\nno-such-package==1.0  # a comment\n")
