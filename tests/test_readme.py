@@ -95,7 +95,7 @@ def test_every_other_command_runs(command, tmp_path, short_run, adapter_run):
         return check_launcher(command, tmp_path / "out", short_run)
     assert words[0] == "python"
     if words[1] == "finetune.py":
-        words += [*map(str, SHORTENED), "--output_dir", str(tmp_path / "out")]
+        words += [*SHORTENED, "--output_dir", str(tmp_path / "out")]
     if words[1].startswith("test_on_trained"):
         run = adapter_run if "adapter" in command else short_run
         words += ["--model_dir", str(run / "checkpoint-2" if "checkpoint-" in command else run)]
