@@ -210,9 +210,7 @@ def measure_step(
     inputs = InputBuilder(step.processor, attention, CUDA), step.micro_batches
     optimizer = build_optimizer(model, config)
     set_learning_rate(optimizer, 1, 100, config)
-    spans, num_graphs = [], counters["stats"]["unique_graphs"]  # spans: in the optimizer
-    optimizer.register_step_pre_hook(lambda *_: spans.append(-time.process_time()))
-    optimizer.register_step_post_hook(lambda *_: spans.append(spans.pop() + time.process_time()))
+    spans, num_graphs = time_steps(optimizer), counters["stats"]["unique_graphs"]
     started = time.perf_counter()
     run_step(model, inputs, optimizer, config)
     first = time.perf_counter() - started
@@ -244,6 +242,14 @@ def measure_step(
         "estimated_ms": {gpu: 1000 * least for gpu, least in roofline.seconds.items()},
         "estimated_mfu": roofline.mfu(step.num_operations),
     }
+
+
+def time_steps(optimizer) -> list[float]:
+    """Return a list that gets the seconds of CPU time of each step of the optimizer."""
+    spans = []
+    optimizer.register_step_pre_hook(lambda *_: spans.append(-time.process_time()))
+    optimizer.register_step_post_hook(lambda *_: spans.append(spans.pop() + time.process_time()))
+    return spans
 
 
 def run_step(model, inputs, optimizer, config: Config) -> None:
