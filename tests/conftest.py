@@ -6,6 +6,8 @@ import signal
 
 import pytest
 
+import zygote
+
 # What a shell runs in the background ignores Ctrl-C, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -17,6 +19,7 @@ LONGEST = [f"test_{name}.py" for name in [*LONGEST, "planner", "faults", "contri
 def pytest_configure(config):
     """Import what tests need, but not in a process that only deals tests out to others."""
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        zygote.begin()
         config.pluginmanager.register(importlib.import_module("shared_fixtures"))
 
 

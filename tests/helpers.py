@@ -24,7 +24,7 @@ from util.data.batch import prepare_data
 from util.model.inputs import InputBuilder
 from util.model.load import build_encoder, load_model, load_processor
 from util.vision_util import PixelPolicy
-from zygote import Python
+from zygote import READ_BY_FORKS, Python
 
 REPO = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -40,20 +40,7 @@ POLICY = PixelPolicy(
 )
 # What takes longer hangs: a busy machine is no fault of ours.
 HANG_SECONDS = 1800
-# Test processes share two cores.
-ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-
-
-@functools.cache
-def start_zygote() -> None:
-    """Start the process that forks Python programs for this one."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [sys.executable, REPO / "tests" / "zygote.py", str(theirs.fileno())]
-    options = {"env": ENVIRONMENT, "pass_fds": [theirs.fileno()], "start_new_session": True}
-    with theirs:
-        subprocess.Popen(command, **options)
-    assert ours.recv(64) == b"ready"
-    Python.ask(ours)
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def start(*command, cwd=REPO, streams=None, **environment) -> subprocess.Popen:
@@ -62,11 +49,9 @@ def start(*command, cwd=REPO, streams=None, **environment) -> subprocess.Popen:
     if command[0].endswith(".py"):
         command.insert(0, sys.executable)
     # An environment of its own may be read while modules are imported.
-    is_python = command[0] == sys.executable and not environment
-    if is_python:
-        start_zygote()
+    is_forked = command[0] == sys.executable and environment.keys() <= READ_BY_FORKS
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return (Python if is_python else subprocess.Popen)(
+    return (Python if is_forked else subprocess.Popen)(
         command,
         cwd=cwd,
         env=ENVIRONMENT | environment,

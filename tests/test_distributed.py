@@ -52,7 +52,7 @@ from util.model.load import load_processor
 from util.run import EXIT_STOPPED
 from util.shards import ShardPlanner, ShardReader, read_index
 from util.tools.flops import rank_metrics
-from zygote import FORKING
+from zygote import forking
 
 DRIVER = REPO / "tests" / "distributed_driver.py"
 FLAGS = {"device": "cpu", "num_workers": 0, "precision": "fp32"}
@@ -630,7 +630,7 @@ def test_without_a_launcher_it_says_how_to_start(monkeypatch):
 def test_the_launcher_trains_tiny_without_a_gpu(alone, tmp_path):
     out = tmp_path / "out"
     flags = ("--max_steps", 3, "--output_dir", out, "--report_to", "tensorboard")
-    printed = finish(start("./finetune_distributed.sh", *flags, **FORKING))
+    printed = finish(start("./finetune_distributed.sh", *flags, **forking()))
     assert printed.count("TINY") == 1 and "ranks      2" in printed
     assert len(read_metrics(out)) == 3 and undamaged_steps(out) == [3]
     names = [path.name for path in out.iterdir() if path.is_file()]
@@ -655,7 +655,7 @@ def test_a_signal_to_the_launcher_saves_and_exits_with_75(tmp_path):
     """As queues send it, to the launcher alone; Ctrl-C and SIGHUP are in test_terminals.py."""
     output_dir = tmp_path / "out"
     flags = ("--num_epochs", 500, "--output_dir", output_dir)
-    process = start("./finetune_distributed.sh", *flags, **FORKING)
+    process = start("./finetune_distributed.sh", *flags, **forking())
     metrics = output_dir / "metrics.jsonl"
     wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") > 1, process)
     process.send_signal(signal.SIGTERM)

@@ -16,6 +16,7 @@ from util import check_requirements
 from util.config import TINY_NOTICE, Config, UserError
 from util.data.conversation import parse_conversation
 from util.tools import flags
+from zygote import forking
 
 TOPICS = "data distributed faq flags from-zero loop measured memory publish".split()
 ENGLISH = ["README.md", *(f"docs/{topic}.md" for topic in TOPICS)]
@@ -76,7 +77,7 @@ def short_run(tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("readme") / "out"
     words = SHORT_RUN.split()
     words[words.index("--output_dir") + 1] = str(output_dir)
-    run_script(*words, *SHORTENED)
+    run_script(*words, *SHORTENED, **forking())
     return output_dir
 
 
@@ -124,7 +125,7 @@ def check_launcher(command, output_dir, short_run):
         if "--resume_from" in command:
             shutil.copytree(short_run, output_dir)
             (output_dir / "model.safetensors").unlink()
-        run_script(*command.split(), *SHORTENED, "--output_dir", output_dir)
+        run_script(*command.split(), *SHORTENED, "--output_dir", output_dir, **forking())
     assert (output_dir / "checkpoint-2").is_dir() and (output_dir / "model.safetensors").is_file()
 
 

@@ -26,21 +26,26 @@ from util import survive
 from util.config import UserError, parse_config
 from util.output_dir import open_output_dir
 from util.run import EXIT_STOPPED
-from zygote import FORKING
+from zygote import forking
 
-FLAGS = ("--model_name_or_path", "tiny", "--device", "cpu", "--num_workers", "1")
+FLAGS = ("--device", "cpu", "--num_workers", "1")
 SCRIPT = (sys.executable, "finetune.py", *FLAGS)
 
 
-def begin(*command, output_dir, max_steps=500, **streams):
-    """Start a run in a session of its own, and wait until two steps are done."""
-    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | streams
-    command += ("--max_steps", max_steps, "--output_dir", output_dir)
-    forking = FORKING if command[0].endswith(".sh") else {}
-    process = start(*command, streams=streams, **forking)
-    metrics = output_dir / "metrics.jsonl"
-    wait_for(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 1, process)
-    return process
+@pytest.fixture
+def begin(small_folder):
+    """Return a function that starts a run in a session of its own and waits for two steps."""
+
+    def begin(*command, output_dir, max_steps=500, **streams):
+        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | streams
+        command += ("--model_name_or_path", small_folder, "--max_steps", max_steps)
+        environment = {} if command[0] == sys.executable else forking()
+        process = start(*command, "--output_dir", output_dir, streams=streams, **environment)
+        metrics = output_dir / "metrics.jsonl"
+        wait_for(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 1, process)
+        return process
+
+    return begin
 
 
 def check_saved(process, output_dir):
@@ -52,7 +57,7 @@ def check_saved(process, output_dir):
 
 
 @pytest.mark.parametrize("command", [SCRIPT, ("./finetune_distributed.sh", *FLAGS)])
-def test_a_closed_terminal_saves_as_sigterm_does(command, tmp_path):
+def test_a_closed_terminal_saves_as_sigterm_does(command, tmp_path, begin):
     """It may send its signal more than once."""
     process = begin(*command, output_dir=tmp_path / "out")
     for _ in range(2):
@@ -60,15 +65,15 @@ def test_a_closed_terminal_saves_as_sigterm_does(command, tmp_path):
     check_saved(process, tmp_path / "out")
 
 
-def test_under_nohup_a_run_goes_on(tmp_path):
-    process = begin("nohup", *SCRIPT, output_dir=tmp_path / "out", max_steps=8)
+def test_under_nohup_a_run_goes_on(tmp_path, begin):
+    process = begin("nohup", "python", *SCRIPT[1:], output_dir=tmp_path / "out", max_steps=8)
     os.killpg(process.pid, signal.SIGHUP)
     assert process.wait(timeout=HANG_SECONDS) == 0
     assert undamaged_steps(tmp_path / "out") == [8]
 
 
 @pytest.mark.parametrize("command", [SCRIPT, ("./finetune_distributed.sh", *FLAGS)])
-def test_ctrl_c_saves_also_where_tee_is_gone_first(command, tmp_path):
+def test_ctrl_c_saves_also_where_tee_is_gone_first(command, tmp_path, begin):
     read, write = os.pipe()
     process = begin(*command, output_dir=tmp_path / "out", stdout=write, stderr=write)
     os.close(write)
@@ -77,7 +82,7 @@ def test_ctrl_c_saves_also_where_tee_is_gone_first(command, tmp_path):
     check_saved(process, tmp_path / "out")
 
 
-def test_a_run_goes_on_without_its_terminal(tmp_path):
+def test_a_run_goes_on_without_its_terminal(tmp_path, begin):
     terminal, end = pty.openpty()
     streams = {"stdin": end, "stdout": end, "stderr": end}
     process = begin(*SCRIPT, output_dir=tmp_path / "out", max_steps=8, **streams)
@@ -120,7 +125,8 @@ def test_what_stops_a_run_is_in_its_log_and_ends_it_also_where_nobody_reads(tmp_
     )
     read, write = os.pipe()
     os.close(read)
-    command = (tmp_path / "crash.py", *FLAGS, "--output_dir", tmp_path / "out")
+    command = (tmp_path / "crash.py", *FLAGS, "--model_name_or_path", "tiny")
+    command += ("--output_dir", tmp_path / "out")
     process = start(*command, streams={"stdout": write, "stderr": write})
     os.close(write)
     assert process.wait(timeout=HANG_SECONDS) == 1

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from families import build_family
 from helpers import (
+    ENVIRONMENT,
     REPO,
     assistant,
     free_port,
@@ -20,6 +22,7 @@ from helpers import (
     write_data,
 )
 from test_gpu import PLANNED
+from zygote import forking
 
 HERE = Path(__file__).parent
 CAPABILITIES = (90, 80, 89, 120)  # of cuda:0 and so on
@@ -58,20 +61,25 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def nullgpu(tmp_path_factory) -> dict:
-    """The environment of a process whose GPUs compute nothing."""
+    """The environment of a launcher whose GPUs compute nothing, and whose programs are forked."""
     folder = tmp_path_factory.mktemp("nullgpu")
     run_script(HERE / "build.sh", folder)
     (folder / "nvidia-smi").touch(0o777)  # the launchers look whether there is one
-    return {
-        "PATH": f"{folder}:{os.environ['PATH']}",
+    environment = {
         "LD_PRELOAD": f"{folder}/libcuda.so.1",
         "TRITON_LIBCUDA_PATH": str(folder),
         "NULLGPU_DEVICES": DEVICES,
+        "DISABLE_PTXAS_OPT": "1",  # of Triton: nothing is computed
         "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5",
         "PYTHONPATH": f"{REPO}:{REPO}/tests",
         # transformers compares numbers of image tokens, which are zeros here.
         "TRANSFORMERS_DISABLE_TORCH_CHECK": "1",
     }
+    command = [sys.executable, REPO / "tests" / "zygote.py"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=ENVIRONMENT | environment, **pipes) as zygote:
+        forked = forking(zygote.stdout.readline().strip())
+        yield environment | forked | {"PATH": f"{folder}:{forked['PATH']}"}
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +292,8 @@ def test_the_package_flash_attn_is_used_where_it_is_installed(nullgpu, tmp_path)
     flags = ["--model_name_or_path", "tiny", "--precision", "bf16", "--num_workers", 0]
     flags += ["--max_steps", 2, "--output_dir", str(tmp_path / "out")]
     environment = nullgpu | {"PYTHONPATH": f"{tmp_path}:{nullgpu['PYTHONPATH']}"}
+    # Not forked: it is looked for as transformers is imported.
+    environment["PATH"] = f"{Path(nullgpu['LD_PRELOAD']).parent}:{os.environ['PATH']}"
     case = {"name": "it", "script": "finetune", "flags": flags}
     report = drive(tmp_path, [case], environment)["it"]
     assert not report["end"], report["end"]

@@ -34,11 +34,11 @@ def page_files(browser, tmp_path_factory):
         monkeypatch.chdir(folder)  # so that the page shows no path of this machine
         run = "train_output/run"
         # The pictures in docs/ show the default run; for the tests a few steps of it are enough.
-        steps = () if UPDATE else ("--max_steps", 20, "--learning_rate", 3e-3)
+        steps = () if UPDATE else ("--max_steps", 12, "--learning_rate", 3e-3)
         flags = ("--model_name_or_path", "tiny", "--device", "cpu", "--num_workers", 0)
         call(finetune, *flags, "--train_data", "data.json", "--output_dir", run, *steps)
         flags = ("--model_dir", run, "--prompts", "prompts.json", "--device", "cpu")
-        flags = (*flags, "--max_new_tokens", 64, "--save")
+        flags = (*flags, "--max_new_tokens", 64 if UPDATE else 16, "--save")
         call(test_on_official_model, *flags, "base.json")
         call(test_on_trained_model_by_us, *flags, "trained.json")
         call(compare, "base.json", "trained.json", "--output", "compare.html")
