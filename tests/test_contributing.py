@@ -52,7 +52,7 @@ def copy(tmp_path):
     return folder
 
 
-FLAGS = ("--device", "cpu", "--max_steps", 3, "--save_steps", 2)
+FLAGS = ("--device", "cpu", "--num_workers", 0, "--max_steps", 3, "--save_steps", 2)
 
 
 def train(folder, output_dir, *command):
