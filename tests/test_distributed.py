@@ -651,14 +651,13 @@ def two_machines(launcher, *flags):
     ]
 
 
-def test_a_signal_to_the_launcher_saves_and_exits_with_75(tmp_path):
-    """As queues send it, to the launcher alone; Ctrl-C and SIGHUP are in test_terminals.py.
-
-    Nothing is forked here.
-    """
+@pytest.mark.parametrize("is_forked", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_signal_to_the_launcher_saves_and_exits_with_75(is_forked, tmp_path):
+    """As queues send it, to the launcher alone; Ctrl-C and SIGHUP are in test_terminals.py."""
     output_dir = tmp_path / "out"
     flags = ("--num_epochs", 500, "--output_dir", output_dir)
-    process = start("./finetune_distributed.sh", *flags)
+    environment = forking() if is_forked else {}
+    process = start("./finetune_distributed.sh", *flags, **environment)
     metrics = output_dir / "metrics.jsonl"
     wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") > 1, process)
     process.send_signal(signal.SIGTERM)
